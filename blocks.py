@@ -1,0 +1,131 @@
+"""The four candidates of a layer: ShuffleNet v2 units with kernels of 3, 5 and 7, and a deeper "xception" unit.
+
+Shapes and the order of operations follow Guo et al., arXiv 1904.00420, and the official code
+(megvii-model/SinglePathOneShot). The two autograd functions compute what plain PyTorch would, in less time on a CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What a layer chooses from, in the order of the choice's numbers 0, 1, 2, 3.
+CANDIDATES = {
+    "shuffle3": {"kernel": 3, "xception": False},
+    "shuffle5": {"kernel": 5, "xception": False},
+    "shuffle7": {"kernel": 7, "xception": False},
+    "xception": {"kernel": 3, "xception": True},
+}
+
+
+class ShuffleSplit(torch.autograd.Function):
+    """Channel shuffle and split in one: (N, C, H, W) -> the even and the odd channels, (N, C/2, H, W) each.
+
+    The backward of two plain slices fills two tensors with zeros and adds them; here both gradients go into one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.layout = x.shape, x.stride()
+        # The odd half feeds a convolution, which would copy a strided view twice: here and in its backward.
+        return x[:, 0::2], x[:, 1::2].clone()
+
+    @staticmethod
+    def backward(ctx, even: Tensor, odd: Tensor) -> Tensor:
+        grad = even.new_empty_strided(*ctx.layout)
+        grad[:, 0::2], grad[:, 1::2] = even, odd
+        return grad
+
+
+class DepthwiseFunction(torch.autograd.Function):
+    """Depthwise convolution whose weight gradient is computed three kernel columns at a time.
+
+    oneDNN (as of PyTorch 2.14) has a fast weight gradient for depthwise kernels up to 3 wide only; wider ones fall back
+    to one for grouped convolutions that is 5 to 10 times slower. A strip of columns is a narrower kernel on shifted
+    images.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        stride, kernel, pad = ctx.stride, weight.shape[-1], weight.shape[-1] // 2
+
+        def gradients(x, weight, padding, mask):
+            geometry = (stride, stride), padding, (1, 1), False, (0, 0), len(weight)
+            return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
+
+        strips = []
+        for left in range(0, kernel, 3):
+            strip = weight[..., left : left + 3]
+            right = (grad.shape[-1] - 1) * stride + strip.shape[-1] - x.shape[-1] - (pad - left)
+            shifted = F.pad(x, (pad - left, right))  # a negative padding crops
+            strips.append(gradients(shifted, strip, (pad, 0), (False, True, False))[1])
+        grad_x = gradients(x, weight, (pad, pad), (True, False, False))[0] if ctx.needs_input_grad[0] else None
+        return grad_x, torch.cat(strips, dim=-1), None
+
+
+class DepthwiseConv(nn.Conv2d):
+    """One square kernel of odd size per channel, padded to keep the map: (N, C, H, W) -> (N, C, H/stride, W/stride)."""
+
+    def __init__(self, channels: int, kernel: int, stride: int):
+        super().__init__(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size[0] > 3 and x.device.type == "cpu" and torch.is_grad_enabled():
+            return DepthwiseFunction.apply(x, self.weight, self.stride[0])
+        return super().forward(x)
+
+
+def depthwise(channels: int, kernel: int, stride: int, affine: bool) -> list[nn.Module]:
+    """Depthwise convolution and BatchNorm, no activation: (N, C, H, W) -> (N, C, H/stride, W/stride)."""
+    return [DepthwiseConv(channels, kernel, stride), nn.BatchNorm2d(channels, affine=affine)]
+
+
+def pointwise(in_channels: int, out_channels: int, affine: bool) -> list[nn.Module]:
+    """1x1 convolution, BatchNorm, ReLU: (N, in, H, W) -> (N, out, H, W)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels, affine=affine), nn.ReLU(inplace=True)]
+
+
+class Block(nn.Module):
+    """One candidate of a layer: (N, in, H, W) -> (N, out, H/stride, W/stride).
+
+    At stride 1 the even channels pass unchanged and the odd ones go through the main branch. At stride 2 all channels
+    go through both the projection and the main branch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, affine: bool, kernel: int, xception: bool):
+        super().__init__()
+        branch = in_channels if stride == 2 else in_channels // 2
+        middle, emitted = out_channels // 2, out_channels - branch
+        if xception:
+            main = [
+                *depthwise(branch, kernel, stride, affine),
+                *pointwise(branch, middle, affine),
+                *depthwise(middle, kernel, 1, affine),
+                *pointwise(middle, middle, affine),
+                *depthwise(middle, kernel, 1, affine),
+                *pointwise(middle, emitted, affine),
+            ]
+        else:
+            main = [
+                *pointwise(branch, middle, affine),
+                *depthwise(middle, kernel, stride, affine),
+                *pointwise(middle, emitted, affine),
+            ]
+        self.main = nn.Sequential(*main)
+        self.projection = None
+        if stride == 2:
+            self.projection = nn.Sequential(*depthwise(branch, kernel, 2, affine), *pointwise(branch, branch, affine))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.projection is None:
+            kept, x = ShuffleSplit.apply(x)
+        else:
+            kept = self.projection(x)
+        return torch.cat((kept, self.main(x)), dim=1)

@@ -1,0 +1,242 @@
+"""The search space: a supernet of 20 layers with 4 candidates each, and any one path of it as a network of its own.
+
+Channels, strides and the order of operations follow Guo et al., arXiv 1904.00420, table 1, and the official code
+(megvii-model/SinglePathOneShot); the layout for small images is that of ShunLu91/Single-Path-One-Shot-NAS.
+"""
+
+import math
+import operator
+import random
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blocks import CANDIDATES, Block, pointwise
+
+Choice = tuple[int, ...]
+
+STEM_CHANNELS, LAST_CHANNELS = 16, 1024
+CHANNELS = [64] * 4 + [160] * 4 + [320] * 8 + [640] * 4
+LAYERS = len(CHANNELS)
+NAMES = list(CANDIDATES)
+SINGLE_BLOCK_PATHS = [(number,) * LAYERS for number in range(len(NAMES))]
+
+
+class Head(nn.Module):
+    """Global average pooling and the classifier, in fp32 under autocast too: (N, C, H, W) -> (N, classes)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.classifier = nn.Linear(LAST_CHANNELS, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            # Not a mean over (2, 3): its gradient is a broadcast view, with which the backward of the last BatchNorm
+            # is many times slower on a CPU; this one's gradient is dense and channels-last.
+            return self.classifier(F.avg_pool2d(x.float(), x.shape[2:]).flatten(1))
+
+
+class Supernet(nn.Module):
+    """All 4^20 architectures in one set of weights; with `choice`, the one network of that choice.
+
+    image_size: side of the square images in pixels. Up to 64 the stem keeps the size and two layers halve the map,
+    above it the stem and four layers do. affine: whether BatchNorm has scale and shift (not in the paper's supernet,
+    but in its stand-alone networks). Raises ValueError if `choice` is not 20 numbers from 0 to 3.
+    """
+
+    def __init__(self, num_classes: int, image_size: int, affine: bool = False, choice: Sequence[int] | None = None):
+        super().__init__()
+        self.image_size = image_size
+        self.options = [range(len(NAMES))] * LAYERS
+        if choice is not None:
+            self.options = [[number] for number in self.check(choice)]
+        stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(STEM_CHANNELS, affine=affine),
+            nn.ReLU(inplace=True),
+        )
+        self.layers = nn.ModuleList()
+        in_channels = STEM_CHANNELS
+        for i, out_channels in enumerate(CHANNELS):
+            shape = in_channels, out_channels, 2 if i in halving else 1, affine
+            names = [NAMES[number] for number in self.options[i]]
+            self.layers.append(nn.ModuleDict({name: Block(*shape, **CANDIDATES[name]) for name in names}))
+            in_channels = out_channels
+        self.last = nn.Sequential(*pointwise(in_channels, LAST_CHANNELS, affine))
+        self.head = Head(num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights with the deviations of the official code: 1 / fan per group, 0.01 at both ends."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=1 / module.weight.shape[1])
+        for weight in (self.stem[0].weight, self.head.classifier.weight):
+            nn.init.normal_(weight, std=0.01)
+
+    def check(self, choice: Sequence[int]) -> Choice:
+        """`choice` as a tuple of ints; raises ValueError unless it is 20 numbers, each a candidate of its layer."""
+        choice = tuple(operator.index(number) for number in choice)
+        if len(choice) != LAYERS:
+            raise ValueError(f"a choice has {LAYERS} numbers, this one {len(choice)}: {choice}")
+        for i, (number, options) in enumerate(zip(choice, self.options, strict=True)):
+            if number not in options:
+                raise ValueError(f"layer {i} has no candidate {number}, only {', '.join(map(str, options))}")
+        return choice
+
+    def path(self, choice: Sequence[int]) -> nn.Sequential:
+        """One architecture as a view: stem, 20 blocks, last convolution and head are the supernet's own modules."""
+        choice = self.check(choice)
+        blocks = [layer[NAMES[number]] for layer, number in zip(self.layers, choice, strict=True)]
+        return nn.Sequential(self.stem, *blocks, self.last, self.head)
+
+    def forward(self, x: Tensor, choice: Sequence[int]) -> Tensor:
+        """(N, 3, image_size, image_size) -> logits (N, classes) of the path `choice`."""
+        return self.path(choice)(x)
+
+    def walk(self, x: Tensor, choices: Sequence[Choice], enter: Callable[[nn.Module, tuple], None]) -> Iterator[Tensor]:
+        """The logits of many paths for one batch, in the order of `choices`, with equal beginnings computed once.
+
+        Neighbours share what they have in common, so sort the choices. Before a module computes, `enter` is called with
+        it and with a key (depth, the choice's numbers so far) that names the network up to and including it.
+        """
+        outputs, previous = [], ()
+        for choice in choices:
+            differs = (i for i, (a, b) in enumerate(zip(previous, choice, strict=False)) if a != b)
+            shared = next(differs, len(previous))
+            del outputs[1 + shared :]  # those of the stem and of the shared blocks stay
+            *body, head = self.path(choice)
+            for depth in range(len(outputs), len(body)):
+                enter(body[depth], (depth, choice[:depth]))
+                outputs.append(body[depth](outputs[-1] if outputs else x))
+            yield head(outputs[-1])
+            previous = choice
+
+    def load_path(self, state: dict[str, Tensor], choice: Sequence[int]) -> None:
+        """Takes the weights of one path from a supernet's state; this network must be built with that choice.
+
+        BatchNorm's scales and shifts, which a supernet lacks, stay as they are. Raises ValueError if any other entry is
+        missing, or if one is left over that belongs to no candidate.
+        """
+        if list(self.check(choice)) != [number for options in self.options for number in options]:
+            raise ValueError(f"this network was not built with choice={tuple(choice)}")
+        elsewhere = tuple(
+            f"layers.{i}.{name}." for i, number in enumerate(choice) for name in NAMES if name != NAMES[number]
+        )
+        ours = {key: value for key, value in state.items() if not key.startswith(elsewhere)}
+        missing, unexpected = self.load_state_dict(ours, strict=False)
+        scales = {
+            f"{name}.{p}"
+            for name, m in self.named_modules()
+            if isinstance(m, nn.BatchNorm2d)
+            for p in ("weight", "bias")
+        }
+        if wrong := [key for key in missing if key not in scales] + unexpected:
+            raise ValueError(f"not the state of a supernet with this path; {len(wrong)} entries differ: {wrong[:3]}")
+
+    def flops(self, choice: Sequence[int]) -> int:
+        """Multiply-adds of the convolutions and the classifier for one image, as the paper counts FLOPs."""
+        fixed, layers = self._costs
+        return fixed + sum(costs[number] for costs, number in zip(layers, self.check(choice), strict=True))
+
+    def params(self, choice: Sequence[int]) -> int:
+        """Parameters of the architecture as a stand-alone network, BatchNorm's scales and shifts included."""
+        modules = list(self.path(choice).modules())
+        weights = sum(m.weight.numel() for m in modules if isinstance(m, nn.Conv2d | nn.Linear))
+        return weights + sum(2 * m.num_features for m in modules if isinstance(m, nn.BatchNorm2d))
+
+    def sample_choice(self, rng: random.Random, min_flops: int | None = None, max_flops: int | None = None) -> Choice:
+        """One architecture, drawn uniformly from all those within the limits (multiply-adds, inclusive).
+
+        Raises ValueError if there is none.
+        """
+        if min_flops is None and max_flops is None:
+            return tuple(options[rng.randrange(len(options))] for options in self.options)
+        count = self.count_choices(min_flops, max_flops)
+        if not count:
+            raise ValueError(f"no architecture has between {min_flops} and {max_flops} multiply-adds")
+        return self.nth_choice(rng.randrange(count), min_flops, max_flops)
+
+    def count_choices(self, min_flops: int | None = None, max_flops: int | None = None) -> int:
+        """How many architectures have from min_flops to max_flops multiply-adds (None: no limit)."""
+        return self._completions(0, self._costs[0], *_bounds(min_flops, max_flops))
+
+    def nth_choice(self, n: int, min_flops: int | None = None, max_flops: int | None = None) -> Choice:
+        """The n-th architecture within the limits, in lexicographic order, for n in range(count_choices(...))."""
+        spent, costs = self._costs
+        bounds = _bounds(min_flops, max_flops)
+        choice = []
+        for layer in range(LAYERS):
+            for number in self.options[layer]:
+                count = self._completions(layer + 1, spent + costs[layer][number], *bounds)
+                if n < count:
+                    break
+                n -= count
+            choice.append(number)
+            spent += costs[layer][number]
+        return tuple(choice)
+
+    def flops_beside(self, limit: int) -> tuple[int | None, int | None]:
+        """The largest attainable cost below `limit` and the smallest at or above it, None where there is none."""
+        fixed, sums = self._costs[0], self._sums[0][0]
+        i = bisect_left(sums, limit - fixed)
+        return (fixed + sums[i - 1] if i else None), (fixed + sums[i] if i < len(sums) else None)
+
+    @cached_property
+    def _costs(self) -> tuple[int, list[dict[int, int]]]:
+        """Multiply-adds of what every path has, and of each layer's candidates by number."""
+        fixed, side = _multiply_adds(self.stem, self.image_size)
+        layers = []
+        for layer, options in zip(self.layers, self.options, strict=True):
+            costs = {}
+            for number in options:
+                block = layer[NAMES[number]]
+                costs[number], out = _multiply_adds(block.main, side)
+                if block.projection is not None:
+                    costs[number] += _multiply_adds(block.projection, side)[0]
+            layers.append(costs)
+            side = out
+        return fixed + _multiply_adds(self.last, side)[0] + self.head.classifier.weight.numel(), layers
+
+    @cached_property
+    def _sums(self) -> list[tuple[list[int], list[int]]]:
+        """For each layer, all costs that it and the later ones can add up to, and how many ways have less than each.
+
+        Exact and small: the 4^20 architectures of the 32-pixel space have about 24,000 different costs.
+        """
+        ways, tables = Counter({0: 1}), []
+        for costs in [{0: 0}, *reversed(self._costs[1])]:
+            longer = Counter()
+            for cost in costs.values():
+                for rest, count in ways.items():
+                    longer[cost + rest] += count
+            ways = longer
+            ordered = sorted(ways)
+            tables.append((ordered, [0, *accumulate(ways[total] for total in ordered)]))
+        return tables[::-1]
+
+    def _completions(self, layer: int, spent: int, low: float, high: float) -> int:
+        """How many ways there are to go on from `layer` so that the whole path costs from `low` to `high`."""
+        sums, fewer = self._sums[layer]
+        return fewer[bisect_right(sums, high - spent)] - fewer[bisect_left(sums, low - spent)]
+
+
+def _bounds(min_flops: int | None, max_flops: int | None) -> tuple[float, float]:
+    return -math.inf if min_flops is None else min_flops, math.inf if max_flops is None else max_flops
+
+
+def _multiply_adds(chain: nn.Sequential, side: int) -> tuple[int, int]:
+    """Multiply-adds of a chain of convolutions on a map of side x side, and the side of what comes out."""
+    total = 0
+    for conv in chain:
+        if isinstance(conv, nn.Conv2d):
+            side = -(-side // conv.stride[0])
+            total += conv.weight.numel() * side**2
+    return total, side
