@@ -1,0 +1,254 @@
+"""Where images come from and how they are split: training, the search split held out of it, and test."""
+
+import os
+import random
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2 import functional as transform
+from tqdm import tqdm
+
+from utils import UserError, log
+
+# The largest images that are decoded once and kept on the device, and how much room they may take there.
+RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
+
+IMAGE_SIZES = {"cifar10": 32, "imagenet": 224, "folder": 32, "digits": 16}
+
+# Mean and standard deviation per channel, for values from 0 to 1: those in common use for these data sets.
+CIFAR10_NORM = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Split:
+    """Images and their classes: uint8 (N, 3, S, S) in memory, or the files that hold them."""
+
+    images: Tensor | list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Sequence[int]) -> "Split":
+        """The images at these positions."""
+        if isinstance(self.images, Tensor):
+            return Split(self.images[torch.as_tensor(indices)], self.labels[torch.as_tensor(indices)])
+        return Split([self.images[i] for i in indices], self.labels[torch.as_tensor(indices)])
+
+    def __add__(self, other: "Split") -> "Split":
+        """The images of both."""
+        both = self.images, other.images
+        images = torch.cat(both) if isinstance(self.images, Tensor) else both[0] + both[1]
+        return Split(images, torch.cat((self.labels, other.labels)))
+
+
+@dataclass
+class Dataset:
+    """A data set with its three splits; mean and std per channel are for values from 0 to 1."""
+
+    name: str
+    image_size: int
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    search: Split
+    test: Split
+
+    @property
+    def flip(self) -> bool:
+        """Whether a mirrored image is still one of its class."""
+        return self.name != "digits"
+
+    def facts(self) -> dict:
+        """What a checkpoint keeps of it, as plain data: all that is needed to use the network on new images."""
+        names = "name", "image_size", "classes", "mean", "std"
+        return {name: getattr(self, name) for name in names} | {"images": [len(self.train), len(self.search)]}
+
+
+def load_dataset(name: str, data_dir: str, image_size: int, workers: int = 0) -> Dataset:
+    """The data set of that name with its fixed splits; raises UserError if it is not there, whole and readable."""
+    if name == "cifar10":
+        return _cifar10(Path(data_dir))
+    if name == "digits":
+        return _digits(image_size)
+    return _folders(name, Path(data_dir), image_size, workers)
+
+
+def _hold_out(split: Split, per_class: Sequence[int], name: str = "search") -> tuple[Split, Split]:
+    """What is kept and what is held out of a split: per_class[c] images of class c, the same whatever --seed says."""
+    rng = random.Random(f"held out for {name}")
+    held = set()
+    for label, count in enumerate(per_class):
+        held.update(rng.sample((split.labels == label).nonzero().flatten().tolist(), count))
+    return split.subset([i for i in range(len(split)) if i not in held]), split.subset(sorted(held))
+
+
+def _cifar10(root: Path) -> Dataset:
+    """45,000 / 5,000 / 10,000 images; downloaded if neither the archive nor the unpacked folder is there."""
+    archive = root / CIFAR10.filename
+    had_archive = archive.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
+        folder = root / CIFAR10.base_folder
+        bad = [folder / file for file, md5 in CIFAR10.train_list + CIFAR10.test_list if not _intact(folder / file, md5)]
+        bad += [archive] if had_archive and not check_integrity(str(archive), CIFAR10.tgz_md5) else []
+        state = f"damaged, delete: {', '.join(map(str, bad))}" if bad else f"no CIFAR-10 in {root}"
+        advice = f"put {CIFAR10.filename} into {root} by hand, or try --dataset digits, which needs no download"
+        raise UserError(f"{state}; {CIFAR10.url} cannot be fetched either ({error}); {advice}") from None
+    finally:
+        if not had_archive and archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
+            archive.unlink()  # torchvision downloads under the final name; half a file must not stay there
+    whole, test = (
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in (train, test)
+    )
+    kept, held = _hold_out(whole, [count // 10 for count in torch.bincount(whole.labels, minlength=10).tolist()])
+    return Dataset("cifar10", 32, list(train.classes), *CIFAR10_NORM, kept, held, test)
+
+
+def _intact(path: Path, md5: str) -> bool:
+    return not path.exists() or check_integrity(str(path), md5)
+
+
+def _digits(image_size: int) -> Dataset:
+    """1,197 / 300 / 300 images of the UCI handwritten digits, 8x8 with values from 0 to 16, enlarged."""
+    with np.load(Path(__file__).with_name("digits.npz")) as arrays:
+        images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    images = F.interpolate(images[:, None].float() * (255 / 16), size=image_size, mode="bilinear", antialias=True)
+    whole = Split(images.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), labels.long())
+    rest, test = _hold_out(whole, [30] * 10, "test")
+    train, search = _hold_out(rest, [30] * 10)
+    return Dataset("digits", image_size, list("0123456789"), *channel_statistics(train.images), train, search, test)
+
+
+def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
+    """train/<class>/ and val/<class>/ or test/<class>/; the search split comes out of train unless it has its own."""
+    names = _class_folders(root / "train")
+    whole = _scan(root / "train", names)
+    counts = torch.bincount(whole.labels, minlength=len(names)).tolist()
+    if few := [name for name, count in zip(names, counts, strict=True) if count < 2]:
+        raise UserError(f"{root / 'train' / few[0]} holds fewer than 2 images, so none could be held out of training")
+    if len(names) < 2:
+        raise UserError(f"{root / 'train'} has one class only ({names[0]}); it needs a folder for each of two or more")
+    has_test = name == "folder" and (root / "test").is_dir()
+    test = _scan(root / ("test" if has_test else "val"), names)
+    if has_test and (root / "val").is_dir():
+        train, search = whole, _scan(root / "val", names)
+    else:
+        most = 50 if name == "imagenet" else len(whole)  # 50 a class are the paper's 50,000 validation images
+        train, search = _hold_out(whole, [min(most, max(1, count // 10)) for count in counts])
+    if image_size <= RESIDENT_PIXELS:
+        _check_room(len(train) + len(search) + len(test), image_size)
+        train, search, test = (Split(decode(s.images, image_size, workers), s.labels) for s in (train, search, test))
+    if name == "imagenet":
+        norm = IMAGENET_NORM
+    else:
+        sample = train.images if isinstance(train.images, Tensor) else _sample(train.images, image_size, workers)
+        norm = channel_statistics(sample)
+    return Dataset(name, image_size, names, *norm, train, search, test)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Sorted names of the class folders; hidden ones and those of tools (__MACOSX) are passed over."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    passed = [name for name in names if name.startswith((".", "__"))]
+    if passed:
+        log.info(f"passed over in {folder}: {', '.join(passed)}")
+    names = [name for name in names if name not in passed]
+    if not names:
+        raise UserError(f"{folder} has no class folders; it needs one folder per class with that class's images")
+    return names
+
+
+def _scan(folder: Path, classes: list[str]) -> Split:
+    """The image files below a folder, with the class numbers of the training folder."""
+    found = _class_folders(folder)
+    if unknown := [name for name in found if name not in classes]:
+        raise UserError(f"{folder / unknown[0]} is a class that the training folder does not have")
+    numbers = {name: i for i, name in enumerate(classes)}
+    files = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    files = [(path, label) for path, label in files if not os.path.basename(path).startswith(".")]
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    labels = torch.tensor([label for _, label in files])
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        log.info(f"no images in {folder} of {len(empty)} classes: {', '.join(empty[:5])}")
+    return Split([path for path, _ in files], labels)
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as RGB, whatever its mode; an EXIF orientation is not applied, as in torchvision.
+
+    Raises UserError with the path if the file is damaged or no image.
+    """
+    try:
+        return default_loader(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); mend or remove it") from None
+
+
+def decode(files: list[str], image_size: int, workers: int) -> Tensor:
+    """The images of many files, each resized by its shorter side and cropped at the centre: uint8 (N, 3, S, S)."""
+
+    def read(path: str) -> np.ndarray:
+        image = read_image(path)
+        if image.size != (image_size, image_size):
+            image = transform.resize(image, evaluation_resize(image_size), antialias=True)
+            image = transform.center_crop(image, image_size)
+        return np.asarray(image)
+
+    images = np.empty((len(files), image_size, image_size, 3), dtype=np.uint8)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for i, image in enumerate(tqdm(pool.map(read, files), "reading images", len(files), disable=None, leave=False)):
+            images[i] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def evaluation_resize(image_size: int) -> int:
+    """The shorter side before the centre crop: 256 for 224 as is usual on ImageNet; small images are not cropped."""
+    return image_size if image_size <= RESIDENT_PIXELS else image_size * 256 // 224
+
+
+def _sample(files: list[str], image_size: int, workers: int) -> Tensor:
+    chosen = random.Random("channel statistics").sample(files, min(len(files), 2000))
+    return decode(chosen, image_size, workers)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 (N, 3, S, S), for values from 0 to 1."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        means.append((share @ levels).item())
+        deviations.append((share @ (levels - means[-1]) ** 2).sqrt().item())
+    if not all(deviations):
+        raise UserError("all training images have the same brightness in a channel; there is nothing to learn from")
+    return tuple(means), tuple(deviations)
+
+
+def _check_room(count: int, image_size: int) -> None:
+    size = count * 3 * image_size**2
+    if size > RESIDENT_BYTES:
+        raise UserError(
+            f"{count} images of {image_size} px take {size / 2**30:.1f} GiB; up to {RESIDENT_PIXELS} px all are kept in "
+            f"memory, {RESIDENT_BYTES / 2**30:.0f} GiB at most; with a larger --image_size they are read as needed"
+        )

@@ -1,0 +1,109 @@
+"""Batches on the device: normalised images and their labels, in a fixed order, or shuffled and augmented."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from data.augment import crop_and_flip, cutout, normalise, streamed_transform
+from data.datasets import Dataset, Split, read_image
+from utils import UserError, generator, memory_format
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches:
+    """The batches of one split, as pairs of images (N, 3, S, S) float and labels (N,), both on the device.
+
+    Small images live on the device as one uint8 tensor; files are read by worker processes as they are needed.
+    Iterating goes through the split in order; `epoch` gives the shuffled, augmented batches of a training epoch.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, batch_size: int, device: torch.device, workers: int = 0):
+        self.dataset, self.batch_size, self.device, self.workers = dataset, batch_size, device, workers
+        self.memory_format = memory_format(device)
+        self.files = None if isinstance(split.images, Tensor) else split.images
+        if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
+            self.pixels = split.images.permute(0, 2, 3, 1).contiguous().to(device)
+        self.labels = split.labels.to(device)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (dataset.mean, dataset.std))
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        in_order = torch.arange(len(self.labels)).split(self.batch_size)
+        if self.files is None:
+            for indices in in_order:
+                images = self.pixels[indices[0] : indices[-1] + 1].permute(0, 3, 1, 2)
+                yield self._plain(images), self.labels[indices[0] : indices[-1] + 1]
+        else:
+            yield from self._streamed(in_order, streamed_transform(self.dataset.image_size, train=False))
+
+    def steps(self) -> int:
+        """Batches of a training epoch: the last one is dropped if it is incomplete, unless it is the only one."""
+        return max(1, len(self.labels) // self.batch_size)
+
+    def epoch(self, seed: int, epoch: int, cutout_length: int = 0) -> Iterator[Batch]:
+        """The batches of one training epoch; their order and augmentation depend on (seed, epoch) alone."""
+        rng = generator(seed, f"images {epoch}")
+        shuffled = torch.randperm(len(self.labels), generator=rng).split(self.batch_size)[: self.steps()]
+        if self.files is None:
+            yield from self._augmented(shuffled, rng, cutout_length)
+        else:
+            transform = streamed_transform(self.dataset.image_size, train=True)
+            yield from self._streamed(shuffled, transform, torch.randint(2**62, (1,), generator=rng).item())
+
+    def _augmented(self, shuffled: Sequence[Tensor], rng: torch.Generator, cutout_length: int) -> Iterator[Batch]:
+        side = self.dataset.image_size
+        padding = side // 8
+
+        def draws(high: int) -> Iterator[Tensor]:  # for the whole epoch at once: one transfer, no waiting in a step
+            return torch.randint(high, (len(self.labels),), generator=rng).to(self.device).split(self.batch_size)
+
+        down, right, flip = draws(2 * padding + 1), draws(2 * padding + 1), draws(2)
+        row, column = draws(side), draws(side)
+        for i, indices in enumerate(torch.cat(tuple(shuffled)).to(self.device).split(self.batch_size)):
+            mirrored = flip[i].bool() & self.dataset.flip
+            images = crop_and_flip(self.pixels[indices].permute(0, 3, 1, 2), down[i], right[i], mirrored, padding)
+            images = normalise(images, self.mean, self.std)
+            if cutout_length:
+                images = cutout(images, row[i], column[i], cutout_length)
+            yield images.contiguous(memory_format=self.memory_format), self.labels[indices]
+
+    def _streamed(self, batches: Sequence[Tensor], transform, seed: int | None = None) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Files(self.files, transform, seed),
+            batch_sampler=[indices.tolist() for indices in batches],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            for images, indices in loader:
+                images, indices = (tensor.to(self.device, non_blocking=True) for tensor in (images, indices))
+                yield self._plain(images), self.labels[indices]
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "shm" not in str(error):
+                raise
+            raise UserError("too little shared memory for the workers: use --workers 0, or enlarge /dev/shm") from None
+
+    def _plain(self, images: Tensor) -> Tensor:
+        return normalise(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+
+
+class _Files(TorchDataset):
+    """Images read from files, with their positions. With a seed, each image's augmentation depends on it alone,
+    so that neither the number of workers nor a resume changes anything."""
+
+    def __init__(self, files: list[str], transform, seed: int | None):
+        self.files, self.transform, self.seed = files, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.seed is not None:
+            torch.manual_seed(self.seed + index)
+        return self.transform(read_image(self.files[index])), index

@@ -1,0 +1,364 @@
+"""Trains the supernet by uniform single-path sampling, or with --choice one architecture alone, by the same loop.
+
+Guo et al., arXiv 1904.00420, section 3.2: every step draws one path uniformly and trains only that path.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from data.datasets import IMAGE_SIZES, Dataset, load_dataset
+from data.loaders import Batches
+from img.plots import plot_training
+from model import LAYERS, NAMES, Choice, Supernet
+from utils import (
+    RUN_FILES,
+    SEARCH_FILES,
+    UserError,
+    delete_files,
+    describe_device,
+    duration,
+    explicit_flags,
+    load_checkpoint,
+    log,
+    memory_format,
+    new_parser,
+    number,
+    open_log,
+    pick_device,
+    read_json,
+    refuse_changes,
+    run_script,
+    save_checkpoint,
+    standard_error,
+    stream,
+    write_csv,
+    write_json,
+)
+
+# CIFAR-10's are ShunLu91/Single-Path-One-Shot-NAS's at 6940c9b as they were meant, ImageNet's the official code's.
+SHARED = {"momentum": 0.9, "label_smoothing": 0.0, "lr_schedule": "linear", "cutout": 0}
+CIFAR10 = SHARED | {"epochs": 600, "batch_size": 96, "learning_rate": 0.025, "weight_decay": 3e-4}
+IMAGENET = SHARED | {
+    "epochs": 120,
+    "batch_size": 1024,
+    "learning_rate": 0.5,
+    "weight_decay": 4e-5,
+    "label_smoothing": 0.1,
+}
+DIGITS = SHARED | {"epochs": 15, "batch_size": 64, "learning_rate": 0.1, "weight_decay": 3e-4}
+PRESETS = {  # (data set, alone): defaults
+    ("cifar10", False): CIFAR10,
+    ("cifar10", True): CIFAR10 | {"cutout": 16},
+    ("folder", False): CIFAR10,
+    ("folder", True): CIFAR10 | {"cutout": 16},
+    ("imagenet", False): IMAGENET,
+    ("imagenet", True): IMAGENET | {"epochs": 240},
+    ("digits", False): DIGITS,
+    ("digits", True): DIGITS,
+}
+# What may differ between a run and its continuation; everything else decides what is learned.
+FREE = {"data_dir", "device", "workers", "val_interval", "resume", "overwrite", "out_dir", "exp_name"}
+METRICS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
+EVALUATION_BATCH = 250
+CHECK_EVERY = 100  # steps between two looks at the loss, which wait for the device
+
+
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser, with the defaults that suit the data set and kind of network which argv asks for."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="cifar10")
+    first.add_argument("--choice")
+    asked, _ = first.parse_known_args(argv)
+
+    parser = new_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--exp_name", type=folder_name, default="spos_cifar10", help="names the run's folder OUT_DIR/EXP_NAME")
+    add("--out_dir", default="runs", help="parent of the run folders")
+    add("--dataset", choices=list(IMAGE_SIZES), default="cifar10", help="what to train on; digits needs no download")
+    add("--image_size", type=number(int, 8), help="side of the images in pixels; above 64 the network is ImageNet's")
+    add("--epochs", type=number(int, 1), help="passes over the training images")
+    add("--batch_size", type=number(int, 1), help="images a step")
+    add("--learning_rate", type=number(float, above=0), help="of SGD, at the start")
+    add("--momentum", type=number(float, 0, 1), help="of SGD")
+    add("--weight_decay", "--weight-decay", type=number(float, 0), help="of convolution and classifier weights")
+    add("--label_smoothing", type=number(float, 0, 1), help="probability spread over all classes in training")
+    decay = "per step" if asked.dataset == "imagenet" else "per epoch"
+    add("--lr_schedule", choices=("linear", "cosine"), help=f"how the learning rate falls to 0, {decay}")
+    add(
+        "--cutout",
+        type=number(int, 0),
+        nargs="?",
+        const=16,
+        help="side of a square set to the mean; alone: 16; 0: none",
+    )
+    add("--choice", help="train this architecture alone: 20 numbers like 1-0-3-..., or a search.json")
+    add("--train_on", choices=("train", "all"), default="train", help="all adds the search split; with --choice only")
+    add("--val_interval", type=number(int, 1), default=1, help="epochs between validations; the last has one anyway")
+    add("--resume", action="store_true", help="go on with the run in that folder; its own settings hold")
+    add("--overwrite", action="store_true", help="delete what a run left in that folder, and begin anew")
+    parser.set_defaults(**PRESETS.get((asked.dataset, asked.choice is not None), CIFAR10))
+    parser.set_defaults(image_size=IMAGE_SIZES.get(asked.dataset, 32))
+    return parser
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: a name that stays inside its parent folder on every system."""
+    if not text.strip(". ") or text[-1] in ". " or any(c in '<>:"/\\|?*' or ord(c) < 32 for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain folder name")
+    return text
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The run's settings and, with --resume, the checkpoint they come from."""
+    parser = build_parser(argv)
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if args.train_on == "all" and args.choice is None:
+        parser.error("--train_on all needs --choice: a supernet's search split must stay out of its training")
+    if args.dataset == "cifar10" and args.image_size != 32:
+        parser.error("--image_size: the images of cifar10 have 32 pixels")
+    args.supernet_accuracy = None
+    if args.choice is not None:
+        args.choice, args.supernet_accuracy = read_choice(args.choice)
+    last = Path(args.out_dir, args.exp_name, "last.pth")
+    if not (args.resume and last.exists()):
+        return args, None
+    checkpoint = load_checkpoint(last)
+    given = {name: getattr(args, name) for name in explicit_flags(build_parser(argv), argv)}
+    fixed = {name: value for name, value in given.items() if name not in FREE}
+    refuse_changes(checkpoint["args"], fixed, str(last), "leave the flag out to go on, or take another --exp_name")
+    free = {name: getattr(args, name) for name in FREE if name in given or name not in checkpoint["args"]}
+    return argparse.Namespace(**checkpoint["args"] | free), checkpoint
+
+
+def read_choice(text: str) -> tuple[str, float | None]:
+    """The choice as 1-0-3-..., and its accuracy in the supernet if `text` is the path of a search.json."""
+    accuracy = None
+    if Path(text).is_file():
+        found = read_json(Path(text))
+        if not isinstance(found, dict) or not {"choice", "accuracy"} <= found.keys():
+            raise UserError(f"{text} holds no choice; is it a search.json of random_search.py?")
+        text, accuracy = found["choice"], found["accuracy"]
+    numbers = str(text).replace(",", "-").split("-")
+    if len(numbers) != LAYERS or not all(n.strip() in map(str, range(len(NAMES))) for n in numbers):
+        raise UserError(f"--choice {text} is neither {LAYERS} numbers from 0 to 3, like 1-0-3-..., nor a file")
+    return "-".join(n.strip() for n in numbers), accuracy
+
+
+def learning_rate(args: argparse.Namespace, epoch: int, progress: float) -> float:
+    """The rate after so many whole epochs and, where it falls at every step, that share of the next one."""
+    done = (epoch + (progress if args.dataset == "imagenet" else 0)) / args.epochs
+    return args.learning_rate * (1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def build_optimizer(model: Supernet, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD with weight decay on convolutions and classifier, and none on BatchNorm's scales and shifts."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    scales = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    # Not fused: with momentum it fails on parameters of which only some have been sampled before.
+    return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+
+
+def train_epoch(
+    model: Supernet, batches: Batches, optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
+) -> tuple[float, float]:
+    """One pass over the training images, a new path at every step; returns mean loss and top-1 accuracy in percent.
+
+    epoch: how many are finished. Raises UserError with epoch and step if the loss or a weight stops being finite.
+    """
+    model.train()
+    rng = stream(args.seed, f"train {epoch}")
+    steps, seen, losses = batches.steps(), 0, []
+    correct = torch.zeros((), dtype=torch.long, device=batches.device)
+    images = batches.epoch(args.seed, epoch, args.cutout)
+    for step, (x, y) in enumerate(tqdm(images, f"epoch {epoch + 1}", steps, leave=False, disable=None)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch, step / steps)
+        choice = model.sample_choice(rng)
+        optimizer.zero_grad(set_to_none=True)  # a zero gradient would let momentum and decay move idle blocks
+        logits = model(x, choice)
+        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        seen += len(y)
+        losses.append(loss.detach() * len(y))
+        correct += (logits.argmax(1) == y).sum()
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            check_finite(losses, epoch)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UserError(f"the weights are no longer finite after epoch {epoch + 1}; lower --learning_rate")
+    return torch.stack(losses).sum().item() / seen, 100 * correct.item() / seen
+
+
+def check_finite(losses: list[torch.Tensor], epoch: int) -> None:
+    """Raises UserError with the first step of the epoch whose loss is not finite."""
+    bad = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}; lower --learning_rate "
+            "(the checkpoint of the last whole epoch, if there is one, is unharmed)"
+        )
+
+
+@torch.inference_mode()
+def evaluate(model: Supernet, batches: Batches, paths: Sequence[Choice]) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy in percent with the running statistics, batch i through paths[i]."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=batches.device)
+    for (x, y), choice in zip(batches, paths, strict=True):
+        logits = model(x, choice)
+        hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        totals += torch.stack((F.cross_entropy(logits, y, reduction="sum"), hits[:, 0].sum(), hits.sum()))
+    loss, top1, top5 = (totals / len(batches.labels)).tolist()
+    return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+
+
+def random_paths(model: Supernet, batches: Batches, seed: int) -> list[Choice]:
+    """A fixed path for every batch; always the same one if the model is a single architecture."""
+    rng = stream(seed, "validation")
+    return [model.sample_choice(rng) for _ in range(len(batches))]
+
+
+def prepare_folder(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Makes the run's folder, empty of old files unless a run goes on; raises UserError rather than overwrite one."""
+    kept = [folder / name for name in ("last.pth", "metrics.csv", "result.json") if (folder / name).exists()]
+    if kept and not (args.resume or args.overwrite):
+        raise UserError(
+            f"{kept[0]} exists: --resume goes on with that run, --overwrite deletes it, or take another --exp_name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            delete_files(folder, RUN_FILES)
+            delete_files(folder / "search", SEARCH_FILES)
+        open_log(folder / "log.txt")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); choose another --out_dir") from None
+
+
+def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> dict[str, Batches]:
+    """Batches of the three splits; with --train_on all the search split is trained on as well."""
+    train = dataset.train + dataset.search if args.train_on == "all" else dataset.train
+    sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
+    splits = {"train": train, "search": dataset.search, "test": dataset.test}
+    return {name: Batches(dataset, splits[name], sizes[name], device, args.workers) for name in splits}
+
+
+def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Supernet:
+    """The network with its initial weights, which depend on --seed alone."""
+    torch.manual_seed(args.seed)
+    choice = [int(n) for n in args.choice.split("-")] if args.choice else None
+    model = Supernet(len(dataset.classes), dataset.image_size, affine=choice is not None, choice=choice)
+    return model.to(device, memory_format=memory_format(device))
+
+
+def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, device: torch.device) -> None:
+    """The first lines of the log."""
+    sizes = ", ".join(f"{len(batches.labels):,} {name}" for name, batches in data.items())
+    log.info(f"device    {describe_device(device)}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    log.info(f"data      {dataset.name}, {dataset.image_size} px, {len(dataset.classes)} classes: {sizes} images")
+    log.info(f"network   {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, validates and records every epoch; a single architecture is measured on the test images at the end."""
+    args, checkpoint = parse_args(argv)
+    folder = Path(args.out_dir, args.exp_name)
+    device = pick_device(args.device)
+    prepare_folder(folder, args, checkpoint)
+    if args.resume and checkpoint is None:
+        log.info(f"nothing to resume in {folder}: beginning anew")
+    rows = checkpoint["metrics"] if checkpoint else []
+    if len(rows) == args.epochs and (args.choice is None or (folder / "result.json").exists()):
+        log.info(f"{folder} is complete: {args.epochs} epochs")
+        return
+
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
+    data = load_batches(dataset, args, device)
+    model = build_model(dataset, args, device)
+    optimizer = build_optimizer(model, args)
+    if checkpoint:
+        refuse_changes(
+            checkpoint["data"], dataset.facts(), f"the data set of {folder}", "point --data_dir to the same data"
+        )
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log.info(f"resuming after epoch {len(rows)}")
+    describe(dataset, data, model, device)
+    write_json(folder / "args.json", vars(args) | {"torch": torch.__version__, "device_name": describe_device(device)})
+
+    begun = len(rows)
+    start = time.time()
+    while len(rows) < args.epochs:
+        row = run_epoch(model, data, optimizer, args, len(rows))
+        rows.append(row)
+        facts = {"epoch": len(rows), "args": vars(args), "data": dataset.facts(), "metrics": rows}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(folder / "last.pth", state | facts)
+        write_csv(folder / "metrics.csv", rows, METRICS)
+        left = (time.time() - start) / (len(rows) - begun) * (args.epochs - len(rows))
+        log.info(epoch_line(row, args, left))
+    validated_on = "random paths, search split" if args.choice is None else "search split"
+    plot_training(rows, folder / "training.png", validated_on)
+    if args.choice:
+        write_result(folder, model, data, args)
+    log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
+    if args.choice is None:
+        log.info(f"next: python random_search.py --ckpt {folder / 'last.pth'}")
+
+
+def run_epoch(
+    model: Supernet, data: dict[str, Batches], optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
+) -> dict:
+    """Trains one epoch and validates after it if it is time to; returns its row of metrics.csv."""
+    start = time.time()
+    row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch, 0)}
+    row["train_loss"], row["train_acc"] = train_epoch(model, data["train"], optimizer, args, epoch)
+    due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+    if due and args.train_on == "train":
+        result = evaluate(model, data["search"], random_paths(model, data["search"], args.seed))
+        row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
+    return row | {"seconds": round(time.time() - start, 3)}
+
+
+def epoch_line(row: dict, args: argparse.Namespace, left: float) -> str:
+    """The epoch's line of the log."""
+    line = f"epoch {row['epoch']:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
+    line += f"  train loss {row['train_loss']:.4f} top-1 {row['train_acc']:5.2f}%"
+    if row["val_acc"] is not None:
+        name = "random paths" if args.choice is None else "search split"
+        line += f"  {name} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
+    return f"{line}  {duration(row['seconds'])}  left {duration(left)}"
+
+
+def write_result(folder: Path, model: Supernet, data: dict[str, Batches], args: argparse.Namespace) -> None:
+    """Measures a single architecture on the test images, once, and writes result.json."""
+    test = data["test"]
+    paths = random_paths(model, test, args.seed)
+    measured = evaluate(model, test, paths)
+    images = len(test.labels)
+    result = {"choice": args.choice, "test_accuracy": measured["top1"]}
+    result |= {"standard_error": standard_error(measured["top1"], images), "test_images": images}
+    if model.head.classifier.out_features >= 100:
+        result["test_top5"] = measured["top5"]
+    result |= {"flops_m": model.flops(paths[0]) / 1e6, "params_m": model.params(paths[0]) / 1e6}
+    result |= {name: getattr(args, name) for name in ("dataset", "train_on", "epochs", "seed", "supernet_accuracy")}
+    write_json(folder / "result.json", result)
+    log.info(
+        f"test      top-1 {measured['top1']:.2f}% +- {result['standard_error']:.2f} on {images:,} images, "
+        f"{result['flops_m']:.1f}M multiply-adds, {result['params_m']:.2f}M parameters"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,229 @@
+"""What both scripts need and what knows no data set and no block: flags, devices, logs, checkpoints and records."""
+
+import argparse
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("spos")
+
+# All that a run and a search write into their folders; --overwrite deletes these and nothing else.
+RUN_FILES = "args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "result.json"
+SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.png"
+
+
+class UserError(Exception):
+    """A mistake of the user's, or of their machine, in one line that says what to do about it."""
+
+
+def run_script(main: Callable[[list[str] | None], None]) -> None:
+    """Runs a script's main; turns a UserError into one line and exit code 1, Ctrl-C into exit code 130."""
+    try:
+        main(None)
+    except UserError as error:
+        # An error that crossed a data loader's worker carries the worker's traceback; its last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        sys.exit(f"error: {line}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
+        sys.exit(130)
+
+
+# Flags
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite int or float from low to high and greater than `above`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high and value > above and math.isfinite(value)):
+            limits = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+            limits += [f"at most {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(limits) or 'finite'}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` itself refuses the text
+    return parse
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that both scripts have; help shows every default."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    seeds = number(int, 0, 2**32 - 1)
+    parser.add_argument("--data_dir", default="./data", help="where the data set lies or is downloaded to")
+    parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")
+    parser.add_argument("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=number(int, 0), default=workers, help="processes or threads that read images")
+    return parser
+
+
+def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """Only the flags that the command line itself gives, with their values. Spoils the parser's defaults."""
+    absent = object()
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), absent))
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not absent}
+
+
+def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
+    """Raises UserError if a setting of `now` differs from the one of `before`, with both values."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(f"{what} has {name} {before.get(name)}, this command {value}; {advice}")
+
+
+# Randomness, device, log
+
+
+def stream(seed: int, name: str) -> random.Random:
+    """The random numbers of one named use, independent of every other use and of the global generators."""
+    return random.Random(f"{seed} {name}")
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """As `stream`, for tensors; on the CPU, so that every device draws the same."""
+    return torch.Generator().manual_seed(stream(seed, name).getrandbits(63))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" an accelerator if there is one; raises UserError if it cannot be used."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu"]
+        if accelerator := torch.accelerator.current_accelerator(check_available=True):
+            found += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used; this machine has {', '.join(found)} ({reason})") from None
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images lie in memory: on a CPU oneDNN is fast with channels last, elsewhere depthwise kernels want NCHW."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name for the log, with the number of threads on a CPU."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def delete_files(folder: Path, names: Sequence[str]) -> None:
+    """Deletes the named files of a folder, and what a kill may have left of one half-written."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def open_log(path: Path) -> None:
+    """Sends the log to standard output and to the end of a file."""
+    log.setLevel(logging.INFO)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 42s, 3m07s, 5h51m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error of an accuracy in percent that was measured on so many images."""
+    return math.sqrt(max(accuracy * (100 - accuracy), 0) / images)
+
+
+# Files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` only once it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file for people and programs; a number that is not finite becomes null."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file; raises UserError if it is not one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
+    """Writes a whole table; None becomes an empty cell."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes plain data and tensors; a kill at any moment leaves either the old file or the new one."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of supernet.py, on the CPU; raises UserError for anything else. Runs no code from the file."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; `python supernet.py` writes one to runs/EXP_NAME/last.pth")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(f"{path} is not a checkpoint of supernet.py, or is damaged ({reason})") from None
+    expected = {"model", "optimizer", "epoch", "args", "data"}
+    if not isinstance(content, dict) or not expected <= content.keys():
+        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {found}, not {sorted(expected)}")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
