@@ -3,6 +3,7 @@
 import argparse
 import csv
 import hashlib
+import io
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ log = logging.getLogger("spos")
 
 # All that a run and a search write into their folders; --overwrite deletes these and nothing else.
 RUN_FILES = "args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "result.json"
-SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.png"
+SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.png", "pareto.png", "choices.png"
 
 
 class UserError(Exception):
@@ -67,6 +68,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     seeds = number(int, 0, 2**32 - 1)
     parser.add_argument("--data_dir", default="./data", help="where the data set lies or is downloaded to")
+    precisions = "of the forward pass; BatchNorm's statistics, pooling, classifier and loss are fp32 always"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=precisions)
     parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")
     parser.add_argument("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
     workers = min(4, os.cpu_count() or 1)
@@ -200,6 +203,16 @@ def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
+    """Adds rows to a table in one write; a kill can only cut off the last line."""
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -249,6 +249,6 @@ def _check_room(count: int, image_size: int) -> None:
     size = count * 3 * image_size**2
     if size > RESIDENT_BYTES:
         raise UserError(
-            f"{count} images of {image_size} px take {size / 2**30:.1f} GiB; up to {RESIDENT_PIXELS} px all are kept in "
-            f"memory, {RESIDENT_BYTES / 2**30:.0f} GiB at most; with a larger --image_size they are read as needed"
+            f"{count} images of {image_size} px take {size / 2**30:.1f} GiB; up to {RESIDENT_PIXELS} px all are kept "
+            f"in memory, {RESIDENT_BYTES / 2**30:.0f} GiB at most; with a larger --image_size they are read as needed"
         )

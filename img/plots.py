@@ -1,7 +1,14 @@
-"""Every picture, drawn from rows of a CSV file without a display. The only module that imports matplotlib."""
+"""Every picture, drawn from rows of a CSV file without a display. The only module that imports matplotlib.
 
+`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it.
+"""
+
+import argparse
+import csv
+import math
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -35,3 +42,129 @@ def plot_training(rows: list[dict], path: Path, validated_on: str) -> None:
         axis.set(xlabel="epoch", ylabel=label)
         axis.legend(frameon=False)
     _save(figure, path)
+
+
+def ranking(rows: list[dict]) -> tuple[float | None, float | None]:
+    """How far a ranking can be trusted: its reliability, and the noise within it in points of accuracy.
+
+    The reliability is the correlation r of the scores on the two halves of the split, stepped up to the whole split as
+    2r / (1 + r) (Spearman and Brown, 1910); the noise is the spread times sqrt(1 - reliability). Both are None with
+    fewer than 10 paths, without spread, and if r is negative.
+    """
+    whole, first = (np.array([float(row[name]) for row in rows]) for name in ("accuracy", "half_accuracy"))
+    second = 2 * whole - first
+    if len(rows) < 10 or min(first.std(), second.std(), whole.std()) == 0:
+        return None, None
+    r = np.corrcoef(first, second)[0, 1]
+    if r < 0:
+        return None, None
+    reliability = 2 * r / (1 + r)
+    return float(reliability), float(whole.std(ddof=1) * math.sqrt(1 - reliability))
+
+
+def _fair(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if int(row["generation"]) == 0 and math.isfinite(float(row["loss"]))]
+
+
+def _values(rows: list[dict], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
+def _controls(rows: list[dict]) -> list[tuple[str, dict]]:
+    labels = "all 3x3", "all 5x5", "all 7x7", "all xception"
+    return [(labels[int(row["choice"][0])], row) for row in rows if int(row["generation"]) == -1]
+
+
+MARKERS = "v^sD"
+
+
+def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
+    """Distribution of the random paths' accuracies, beside the noise within the ranking."""
+    fair = _fair(rows)
+    accuracies = np.array(_values(fair, "accuracy"))
+    figure, axis = _axes()
+    counts, _, _ = axis.hist(accuracies, bins=min(30, max(5, len(fair) // 8)), color=BLUE, alpha=0.75)
+    top = counts.max()
+    axis.axvline(np.median(accuracies), color="black", linestyle="--", label=f"median {np.median(accuracies):.2f}%")
+    axis.axvline(accuracies.max(), color=ORANGE, label=f"best {accuracies.max():.2f}%")
+    for (label, row), marker in zip(_controls(rows), MARKERS, strict=False):
+        axis.plot(float(row["accuracy"]), -0.04 * top, marker, color=GREEN, clip_on=False, markersize=6, label=label)
+    _, noise = ranking(fair)
+    bars = [("spread", accuracies.std(ddof=1) if len(fair) > 1 else 0, BLUE)]
+    bars += [("noise within the ranking", noise, GREY)] if noise is not None else []
+    for i, (name, sd, colour) in enumerate(bars):
+        height = top * (1.08 + 0.09 * i)
+        axis.errorbar(np.mean(accuracies), height, xerr=sd, color=colour, capsize=3, label=f"{name} +-{sd:.2f}")
+    axis.set(xlabel=f"top-1 accuracy with the supernet's weights, {split} split (%)", ylabel="architectures")
+    axis.set_title(f"{len(fair):,} random architectures", loc="left")
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def plot_pareto(rows: list[dict], path: Path, split: str = "search") -> None:
+    """Accuracy against FLOPs, with the front: the paths that no cheaper one beats."""
+    fair = sorted(_fair(rows), key=lambda row: (float(row["flops_m"]), -float(row["accuracy"])))
+    figure, axis = _axes()
+    axis.plot(_values(fair, "flops_m"), _values(fair, "accuracy"), ".", color=BLUE, alpha=0.5, label="random paths")
+    front = []
+    for row in fair:
+        if not front or float(row["accuracy"]) > float(front[-1]["accuracy"]):
+            front.append(row)
+    axis.step(
+        _values(front, "flops_m"), _values(front, "accuracy"), where="post", color=ORANGE, marker="o", label="front"
+    )
+    for (label, row), marker in zip(_controls(rows), MARKERS, strict=False):
+        axis.plot(float(row["flops_m"]), float(row["accuracy"]), marker, color=GREEN, markersize=8, label=label)
+    axis.set(xlabel="millions of multiply-adds", ylabel=f"top-1 accuracy, {split} split (%)")
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def plot_choices(rows: list[dict], path: Path, split: str = "search") -> None:
+    """For every layer and block, the mean accuracy of the random paths that have it, less the mean of all."""
+    fair = _fair(rows)
+    accuracies = np.array(_values(fair, "accuracy"))
+    choices = np.array([[int(n) for n in row["choice"].split("-")] for row in fair])
+    means = np.full((4, choices.shape[1]), np.nan)
+    for layer in range(choices.shape[1]):
+        for block in range(4):
+            if (chosen := choices[:, layer] == block).any():
+                means[block, layer] = accuracies[chosen].mean() - accuracies.mean()
+    figure, axis = _axes(9, 2.6)
+    limit = np.nanmax(np.abs(means)) or 1
+    image = axis.imshow(means, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set(xlabel="layer", yticks=range(4), yticklabels=["3x3", "5x5", "7x7", "xception"])
+    axis.set_xticks(range(choices.shape[1]))
+    axis.set_title(
+        f"mean accuracy of the paths with a block, less that of all ({split} split)", loc="left", fontsize=10
+    )
+    figure.colorbar(image, label="points of top-1")
+    _save(figure, path)
+
+
+def plot_search(rows: list[dict], folder: Path, split: str = "search") -> None:
+    """All pictures of a search, from the rows of paths.csv."""
+    plot_histogram(rows, folder / "histogram.png", split)
+    plot_pareto(rows, folder / "pareto.png", split)
+    plot_choices(rows, folder / "choices.png", split)
+
+
+def main() -> None:
+    """Redraws the pictures of CSV files beside them."""
+    parser = argparse.ArgumentParser(description="Redraws the pictures of paths.csv or metrics.csv files beside them.")
+    parser.add_argument("csv", nargs="+", type=Path, help="paths.csv of a search or metrics.csv of a run")
+    parser.add_argument("--split", default="search", help="the images that a search scored on (default: search)")
+    args = parser.parse_args()
+    for path in args.csv:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows and "train_loss" in rows[0]:
+            plot_training(rows, path.with_name("training.png"), "search split")
+        elif rows and "half_accuracy" in rows[0]:
+            plot_search(rows, path.parent, args.split)
+        else:
+            raise SystemExit(f"error: {path} is neither a paths.csv nor a metrics.csv with rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""Scores architectures with a trained supernet's weights, each with BatchNorm statistics of its own.
+
+Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's statistics are recomputed for it on
+training images. Paths that begin alike share that work.
+"""
+
+import argparse
+import csv
+import math
+import random
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import median, stdev
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.datasets import IMAGE_SIZES, Dataset, Split, load_dataset
+from data.loaders import Batches
+from img.plots import plot_search, ranking
+from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet
+from utils import (
+    SEARCH_FILES,
+    UserError,
+    append_csv,
+    delete_files,
+    describe_device,
+    duration,
+    load_checkpoint,
+    log,
+    memory_format,
+    new_parser,
+    number,
+    open_log,
+    pick_device,
+    read_json,
+    refuse_changes,
+    run_script,
+    sha256,
+    standard_error,
+    stream,
+    write_csv,
+    write_json,
+)
+
+COLUMNS = ["index", "choice", "accuracy", "half_accuracy", "loss", "flops_m", "params_m", "generation"]
+CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
+GROUP = 50  # paths that are scored together and recorded together
+CONTROL = -1  # the generation of the four single-block networks
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this script."""
+    parser = new_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    parser.set_defaults(data_dir=None)
+    add("--ckpt", nargs="?", help="the supernet's last.pth; the newest of runs/*/ if there is no value")
+    add("--search_dir", help="where the results go (default: search/ beside the checkpoint)")
+    add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
+    add("--calibration_images", type=number(int, 0), default=2000, help="training images for BatchNorm; 0: none")
+    add("--batch_size", type=number(int, 1), default=250, help="images a step when scoring; changes no score")
+    add("--min_flops", type=number(float, 0), help="smallest architecture, in millions of multiply-adds")
+    add("--max_flops", type=number(float, 0), help="largest architecture, in millions of multiply-adds")
+    add("--top_k", type=number(int, 1), default=10, help="best architectures that are measured on the test images")
+    add("--split", choices=("search", "test"), default="search", help="images that score; test is biased, see README")
+    add("--overwrite", action="store_true", help="delete what an earlier search left, and begin anew")
+    return parser
+
+
+@dataclass
+class Candidate:
+    """An architecture to score: its place in the record, and where it came from."""
+
+    index: int
+    choice: Choice
+    generation: int
+
+
+class Scorer:
+    """Scores paths of a supernet, each with BatchNorm statistics computed for it on the calibration images.
+
+    calibration: None scores with the statistics that the supernet brings.
+    """
+
+    def __init__(self, model: Supernet, calibration: Batches | None, scored: Batches, precision: str = "fp32"):
+        self.model, self.calibration, self.scored = model, calibration, scored
+        self.bf16 = precision == "bf16"
+        blocks = [block for layer in model.layers for block in layer.values()]
+        self.norms = {
+            module: [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+            for module in (model.stem, *blocks, model.last)
+        }
+        for norm in chain(*self.norms.values()):
+            norm.num_batches_tracked = None  # else every BatchNorm counts its calls, on the device
+        images = len(scored.labels)
+        shuffled = random.Random("halves").sample(range(images), images)
+        self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
+        self.first_half[shuffled[: images // 2]] = True
+
+    @torch.inference_mode()
+    def score(self, choices: Sequence[Choice]) -> list[tuple[float, float, float]]:
+        """(accuracy, accuracy on the first half, loss) of each path, accuracies in percent.
+
+        Paths that begin alike share the work if they are neighbours, so sort the choices. Each path still gets the
+        statistics that torch.optim.swa_utils.update_bn would give it alone, the plain mean over the batches of each
+        batch's mean and unbiased variance: those of a module depend on the path up to it and no further.
+        """
+        statistics: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+
+        def enter(module: nn.Module, key: tuple) -> None:
+            if self.calibration is None:
+                return
+            norms = self.norms[module]
+            if key not in statistics:
+                statistics[key] = [(torch.zeros_like(n.running_mean), torch.zeros_like(n.running_var)) for n in norms]
+            for norm, (mean, var) in zip(norms, statistics[key], strict=True):
+                norm.running_mean, norm.running_var = mean, var
+
+        with torch.autocast(self.scored.device.type, torch.bfloat16, enabled=self.bf16):
+            self.model.train()
+            for number, (x, _) in enumerate(self.calibration or (), start=1):
+                for norm in chain(*self.norms.values()):
+                    norm.momentum = 1 / number  # makes the running statistics the mean of all batches so far
+                for _ in self.model.walk(x, choices, enter):
+                    pass
+            self.model.eval()
+            sums, start = [], 0
+            for x, y in self.scored:
+                logits = torch.stack(list(self.model.walk(x, choices, enter)))
+                sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
+                start += len(y)
+        totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for
+        counts = torch.tensor([start, max(1, start // 2), start])
+        return [tuple(row) for row in (totals / counts * torch.tensor([100, 100, 1])).tolist()]
+
+
+def batch_sums(logits: Tensor, labels: Tensor, first_half: Tensor) -> Tensor:
+    """Hits, hits within the first half and summed loss of each path: logits (paths, N, classes) -> (paths, 3)."""
+    hits = logits.argmax(-1) == labels
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view_as(hits)
+    return torch.stack((hits.sum(1), (hits & first_half).sum(1), loss.sum(1)), dim=1)
+
+
+def find_checkpoint(given: str | None) -> tuple[Path, dict]:
+    """The supernet's checkpoint and its path: the one that was given, else the newest one below runs/.
+
+    Raises UserError if there is none, or if it is a single architecture.
+    """
+    if given is not None:
+        checkpoint = load_checkpoint(Path(given))
+        if checkpoint["args"]["choice"] is not None:
+            raise UserError(f"{given} holds the single architecture {checkpoint['args']['choice']}, not a supernet")
+        return Path(given), checkpoint
+    newest = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest:
+        checkpoint = load_checkpoint(path)
+        if checkpoint["args"]["choice"] is None:
+            return path, checkpoint
+        print(f"passing over {path}, which is newer: it holds a single architecture")
+    raise UserError("no supernet in runs/*/last.pth; train one with `python supernet.py`, or name one with --ckpt PATH")
+
+
+def load_supernet(path: Path, checkpoint: dict) -> Supernet:
+    """The supernet of a checkpoint; raises UserError if its weights do not fit."""
+    facts = checkpoint["data"]
+    model = Supernet(len(facts["classes"]), facts["image_size"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(
+            f"{path}: the weights do not fit this supernet ({lines[min(1, len(lines) - 1)].strip()})"
+        ) from None
+    return model
+
+
+def flops_limits(model: Supernet, args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """The limits as multiply-adds; raises UserError, with what can be had, if no architecture meets them."""
+    low, high = (None if limit is None else round(limit * 1e6) for limit in (args.min_flops, args.max_flops))
+    if not model.count_choices(low, high):
+        least, most = model.flops_beside(0)[1], model.flops_beside(2**62)[0]
+        beside = {value for limit in (low, high) if limit is not None for value in model.flops_beside(limit) if value}
+        raise UserError(
+            f"no architecture has from {args.min_flops or 0} to {args.max_flops or math.inf} million multiply-adds; "
+            f"the space goes from {least / 1e6} to {most / 1e6}, and next to the limits there are "
+            f"{', '.join(str(value / 1e6) for value in sorted(beside))}"
+        )
+    return low, high
+
+
+def draw(model: Supernet, count: int, rng: random.Random, low: int | None, high: int | None) -> list[Choice]:
+    """That many different architectures within the limits, uniformly, or all of them if there are fewer."""
+    drawn: dict[Choice, None] = {}
+    while len(drawn) < min(count, model.count_choices(low, high)):
+        drawn[model.sample_choice(rng, low, high)] = None
+    return list(drawn)
+
+
+def prepare_folder(folder: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the search's folder; raises UserError if it holds a search with other settings."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            delete_files(folder, SEARCH_FILES)
+        if (folder / "args.json").exists():
+            advice = "take another --search_dir, or --overwrite to delete the record"
+            refuse_changes(read_json(folder / "args.json"), settings, f"the search in {folder}", advice)
+        elif (folder / "paths.csv").exists():
+            raise UserError(
+                f"{folder}/paths.csv has no args.json beside it that says what it is; --overwrite deletes it"
+            )
+        write_json(folder / "args.json", settings)
+        open_log(folder / "log.txt")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); choose another --search_dir") from None
+
+
+def read_record(path: Path) -> list[dict]:
+    """The rows of paths.csv, by index; a last line that a kill cut off is dropped, from the file as well."""
+    if not path.exists():
+        write_csv(path, [], COLUMNS)
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    rows = []
+    reader = csv.DictReader(whole.splitlines())
+    if reader.fieldnames != COLUMNS:
+        raise UserError(f"{path} does not begin with {','.join(COLUMNS)}; --overwrite deletes it")
+    for line, row in enumerate(reader, start=2):
+        try:
+            kinds = {"choice": str, "index": int, "generation": int}
+            rows.append({name: kinds.get(name, float)(row[name]) for name in COLUMNS})
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {line}, is not a row of this record; mend or delete the line") from None
+    write_csv(path, rows, COLUMNS)
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def to_row(candidate: Candidate, score: tuple[float, float, float], model: Supernet) -> dict:
+    """A row of paths.csv."""
+    accuracy, half, loss = score
+    values = {
+        "index": candidate.index,
+        "choice": "-".join(map(str, candidate.choice)),
+        "generation": candidate.generation,
+    }
+    values |= {"accuracy": accuracy, "half_accuracy": half, "loss": loss}
+    return values | {"flops_m": model.flops(candidate.choice) / 1e6, "params_m": model.params(candidate.choice) / 1e6}
+
+
+def score_candidates(scorer: Scorer, candidates: list[Candidate], rows: list[dict], record: Path, seed: int) -> None:
+    """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group."""
+    known = {row["index"] for row in rows}
+    todo = sorted((c for c in candidates if c.index not in known), key=lambda c: c.choice)
+    groups = [todo[i : i + GROUP] for i in range(0, len(todo), GROUP)]
+    stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
+    start, done = time.time(), 0
+    for i, group in enumerate(groups, start=1):
+        scores = scorer.score([c.choice for c in group])
+        new = [to_row(candidate, score, scorer.model) for candidate, score in zip(group, scores, strict=True)]
+        append_csv(record, new, COLUMNS)
+        rows += new
+        done += len(group)
+        pace = (time.time() - start) / done
+        top = max((row["accuracy"] for row in ranked(rows)), default=math.nan)
+        left = duration(pace * (len(todo) - done))
+        log.info(f"group {i}/{len(groups)}  {len(rows)} paths  best {top:.2f}%  {pace:.2f}s a path  left {left}")
+    rows.sort(key=lambda row: row["index"])
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+    """The candidates, best first: by accuracy, then loss, then index. Controls and undefined scores are left out."""
+    fair = [row for row in rows if row["generation"] != CONTROL and math.isfinite(row["loss"])]
+    return sorted(fair, key=lambda row: (-row["accuracy"], row["loss"], row["index"]))
+
+
+def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> list[dict]:
+    """The rows of `top` in the search's order, with their accuracy on the test images; `known` ones are not redone."""
+    missing = sorted(choice_of(row) for row in top if row["choice"] not in known)
+    scores = scorer.score(missing) if missing else []
+    measured = {"-".join(map(str, choice)): score[0] for choice, score in zip(missing, scores, strict=True)} | known
+    return [row | {"test_accuracy": measured[row["choice"]]} for row in top]
+
+
+def choice_of(row: dict) -> Choice:
+    """The choice of a row as numbers."""
+    return tuple(map(int, row["choice"].split("-")))
+
+
+def statistics(rows: list[dict], images: int) -> dict:
+    """Numbers that sum up a search; None where one is not defined. Accuracies in percent."""
+    fair = ranked(rows)
+    accuracies = [row["accuracy"] for row in fair]
+    reliability, noise = ranking(fair)
+    return {
+        "paths": len(fair),
+        "undefined": sum(not math.isfinite(row["loss"]) for row in rows),
+        "images": images,
+        "best": accuracies[0],
+        "median": median(accuracies),
+        "worst": accuracies[-1],
+        "spread": stdev(accuracies) if len(accuracies) > 1 else None,
+        "standard_error": standard_error(accuracies[0], images),
+        "reliability": reliability,
+        "noise": noise,
+        "controls": {NAMES[choice_of(row)[0]]: row["accuracy"] for row in rows if row["generation"] == CONTROL},
+    }
+
+
+def summary(found: dict, command: str) -> list[str]:
+    """What the search found, for people."""
+    s, where = found["statistics"], f"{found['split']} split, {found['statistics']['images']:,} images"
+    spread = "not defined" if s["spread"] is None else f"{s['spread']:.2f}"
+    if s["reliability"] is None:
+        trust = "not defined (it needs 10 paths, some spread, and halves that agree)"
+    else:
+        trust = f"{s['reliability']:.2f}: of the spread, {s['noise']:.2f} is noise of the images"
+    controls = ", ".join(f"all {name} {accuracy:.2f}%" for name, accuracy in s["controls"].items())
+    lines = [
+        f"scores       {s['paths']} paths: best {s['best']:.2f}%, median {s['median']:.2f}%, worst {s['worst']:.2f}%, "
+        f"spread (standard deviation) {spread}; with the supernet's weights, {where}",
+        f"ranking      reliability {trust}",
+        f"controls     {controls}",
+        f"choice       {found['choice']}",
+        f"             {found['accuracy']:.2f}% +- {found['standard_error']:.2f}, "
+        f"{found['flops_m']:.1f}M multiply-adds, {found['params_m']:.2f}M parameters",
+    ]
+    if s["undefined"]:
+        lines.insert(1, f"             {s['undefined']} scores are not finite and left out")
+    if "top" in found and found["split"] == "search":
+        lines += [f"test images  the search's best {len(found['top'])}, in its order, with the supernet's weights: "]
+        lines[-1] += ", ".join(f"{row['test_accuracy']:.2f}%" for row in found["top"])
+    return [*lines, "train it alone:", f"  {command}"]
+
+
+def training_command(found: Path, checkpoint: dict, data_dir: str) -> str:
+    """The command that trains the choice alone on the same data."""
+    trained = checkpoint["args"]
+    parts = ["python", "supernet.py", "--choice", str(found), "--exp_name", f"{trained['exp_name']}_best"]
+    if trained["dataset"] != "cifar10":
+        parts += ["--dataset", trained["dataset"]]
+    if trained["image_size"] != IMAGE_SIZES[trained["dataset"]]:
+        parts += ["--image_size", str(trained["image_size"])]
+    if data_dir != "./data":
+        parts += ["--data_dir", data_dir]
+    return shlex.join(parts)
+
+
+def calibration_images(dataset: Dataset, count: int) -> Split | None:
+    """A fixed draw from the training images, the same whatever --seed says; cut to whole batches."""
+    count, asked = min(count, len(dataset.train)), count
+    if count > CALIBRATION_BATCH:
+        count -= count % CALIBRATION_BATCH
+    if count != asked:
+        log.info(
+            f"calibrating on {count} images, not {asked}: whole batches of {CALIBRATION_BATCH}, training images only"
+        )
+    chosen = random.Random("calibration").sample(range(len(dataset.train)), count)
+    return dataset.train.subset(chosen) if count else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Scores random architectures, writes the record, the choice and the pictures, and says how to go on."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    path, checkpoint = find_checkpoint(args.ckpt)
+    facts, trained = checkpoint["data"], checkpoint["args"]
+    model = load_supernet(path, checkpoint)
+    low, high = flops_limits(model, args)
+    device = pick_device(args.device)
+    folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
+    settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
+    settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
+    prepare_folder(folder, settings, args.overwrite)
+    rows = read_record(folder / "paths.csv")
+
+    data_dir = args.data_dir or trained["data_dir"]
+    log.info(f"supernet    {path}, {checkpoint['epoch']} epochs on {facts['name']}")
+    log.info(f"device      {describe_device(device)}, {args.precision}")
+    dataset = load_dataset(facts["name"], data_dir, facts["image_size"], args.workers)
+    refuse_changes(facts, dataset.facts(), f"the data set that {path} was trained on", "point --data_dir to it")
+    model = model.to(device, memory_format=memory_format(device))
+    calibration = calibration_images(dataset, args.calibration_images)
+    if calibration is not None:
+        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, device, args.workers)
+    scored, test = (
+        Batches(dataset, split, args.batch_size, device, args.workers)
+        for split in (dataset.test if args.split == "test" else dataset.search, dataset.test)
+    )
+    scorer = Scorer(model, calibration, scored, args.precision)
+    if args.split == "test":
+        log.info(
+            "scoring on the test images, as ShunLu91's code does: the best score is biased, and no fair one is left"
+        )
+    choices = draw(model, args.num_paths, stream(args.seed, "search"), low, high)
+    if len(choices) < args.num_paths:
+        log.info(f"only {len(choices)} architectures are within the limits: all of them are scored")
+    controls = [Candidate(i - len(NAMES), choice, CONTROL) for i, choice in enumerate(SINGLE_BLOCK_PATHS)]
+    candidates = controls + [Candidate(i, choice, 0) for i, choice in enumerate(choices)]
+    score_candidates(scorer, candidates, rows, folder / "paths.csv", args.seed)
+    rows = [row for row in rows if row["index"] < args.num_paths]
+    report(folder, path, checkpoint, args, rows, Scorer(model, calibration, test, args.precision), data_dir)
+
+
+def report(
+    folder: Path,
+    path: Path,
+    checkpoint: dict,
+    args: argparse.Namespace,
+    rows: list[dict],
+    test: Scorer,
+    data_dir: str,
+) -> None:
+    """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
+    images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
+    order = ranked(rows)
+    if not order:
+        raise UserError(f"no path has a finite loss: the weights in {path} are broken; the scores are in {folder}")
+    numbers = statistics(rows, images)
+    found = order[0] | {"standard_error": numbers["standard_error"], "split": args.split, "statistics": numbers}
+    found |= {
+        "checkpoint": {"path": str(path), "epoch": checkpoint["epoch"], "sha256": sha256(path)},
+        "args": vars(args),
+    }
+    old = read_json(folder / "search.json") if (folder / "search.json").exists() else {}
+    write_json(folder / "search.json", old | found if old.get("choice") == found["choice"] else found)
+    if args.split == "search":
+        known = {row["choice"]: row["test_accuracy"] for row in old.get("top", [])}
+        found["top"] = measure_top(test, order[: args.top_k], known)
+        write_json(folder / "search.json", found)
+    plot_search(rows, folder, args.split)
+    for line in summary(found, training_command(folder / "search.json", checkpoint, data_dir)):
+        log.info(line)
+    log.info(f"wrote {', '.join(str(folder / name) for name in SEARCH_FILES if (folder / name).exists())}")
+
+
+if __name__ == "__main__":
+    run_script(main)
