@@ -59,11 +59,10 @@ class DepthwiseFunction(torch.autograd.Function):
             geometry = (stride, stride), padding, (1, 1), False, (0, 0), len(weight)
             return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
 
-        strips = []
+        strips, padded, last = [], F.pad(x, (pad, pad)), (grad.shape[-1] - 1) * stride
         for left in range(0, kernel, 3):
             strip = weight[..., left : left + 3]
-            right = (grad.shape[-1] - 1) * stride + strip.shape[-1] - x.shape[-1] - (pad - left)
-            shifted = F.pad(x, (pad - left, right))  # a negative padding crops
+            shifted = padded[..., left : left + last + strip.shape[-1]]
             strips.append(gradients(shifted, strip, (pad, 0), (False, True, False))[1])
         grad_x = gradients(x, weight, (pad, pad), (True, False, False))[0] if ctx.needs_input_grad[0] else None
         return grad_x, torch.cat(strips, dim=-1), None
@@ -76,7 +75,8 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size[0] > 3 and x.device.type == "cpu" and torch.is_grad_enabled():
+        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if self.kernel_size[0] > 3 and on_cpu and torch.is_grad_enabled():
             return DepthwiseFunction.apply(x, self.weight, self.stride[0])
         return super().forward(x)
 

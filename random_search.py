@@ -5,7 +5,6 @@ training images. Paths that begin alike share that work.
 """
 
 import argparse
-import csv
 import math
 import random
 import shlex
@@ -28,6 +27,7 @@ from utils import (
     SEARCH_FILES,
     UserError,
     append_csv,
+    autocast,
     delete_files,
     describe_device,
     duration,
@@ -39,16 +39,17 @@ from utils import (
     open_log,
     pick_device,
     read_json,
+    recover_csv,
     refuse_changes,
     run_script,
     sha256,
     standard_error,
     stream,
-    write_csv,
     write_json,
 )
 
-COLUMNS = ["index", "choice", "accuracy", "half_accuracy", "loss", "flops_m", "params_m", "generation"]
+COLUMNS = {"index": int, "choice": str, "accuracy": float, "half_accuracy": float, "loss": float}
+COLUMNS |= {"flops_m": float, "params_m": float, "generation": int}
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
 GROUP = 50  # paths that are scored together and recorded together
 CONTROL = -1  # the generation of the four single-block networks
@@ -81,6 +82,10 @@ class Candidate:
     generation: int
 
 
+# For each node of the tree of paths, mean and variance of every BatchNorm in it.
+Statistics = dict[tuple, list[tuple[Tensor, Tensor]]]
+
+
 class Scorer:
     """Scores paths of a supernet, each with BatchNorm statistics computed for it on the calibration images.
 
@@ -88,8 +93,7 @@ class Scorer:
     """
 
     def __init__(self, model: Supernet, calibration: Batches | None, scored: Batches, precision: str = "fp32"):
-        self.model, self.calibration, self.scored = model, calibration, scored
-        self.bf16 = precision == "bf16"
+        self.model, self.calibration, self.scored, self.precision = model, calibration, scored, precision
         blocks = [block for layer in model.layers for block in layer.values()]
         self.norms = {
             module: [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -102,38 +106,45 @@ class Scorer:
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
         self.first_half[shuffled[: images // 2]] = True
 
-    @torch.inference_mode()
     def score(self, choices: Sequence[Choice]) -> list[tuple[float, float, float]]:
-        """(accuracy, accuracy on the first half, loss) of each path, accuracies in percent.
+        """(accuracy, accuracy on the first half, loss) of each path, accuracies in percent; sort the choices."""
+        with torch.inference_mode(), autocast(self.precision, self.scored.device):
+            return self._evaluate(choices, self.calibrate(choices) if self.calibration is not None else None)
 
-        Paths that begin alike share the work if they are neighbours, so sort the choices. Each path still gets the
-        statistics that torch.optim.swa_utils.update_bn would give it alone, the plain mean over the batches of each
-        batch's mean and unbiased variance: those of a module depend on the path up to it and no further.
+    def calibrate(self, choices: Sequence[Choice]) -> Statistics:
+        """BatchNorm's statistics for each path, by the keys of Supernet.walk.
+
+        They are those that torch.optim.swa_utils.update_bn gives a path alone, the plain mean over the batches of each
+        batch's mean and unbiased variance. Those of a module depend on the path up to it and no further, so paths that
+        begin alike share them, and the work if they are neighbours.
         """
-        statistics: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        statistics: Statistics = {}
+        self.model.train()
+        for i, (x, _) in enumerate(self.calibration, start=1):
+            for norm in chain(*self.norms.values()):
+                norm.momentum = 1 / i  # makes the running statistics the mean of all batches so far
+            for _ in self.model.walk(x, choices, lambda module, key: self._enter(module, key, statistics)):
+                pass
+        return statistics
 
+    def _enter(self, module: nn.Module, key: tuple, statistics: Statistics) -> None:
+        norms = self.norms[module]
+        if key not in statistics:
+            statistics[key] = [(torch.zeros_like(n.running_mean), torch.zeros_like(n.running_var)) for n in norms]
+        for norm, (mean, var) in zip(norms, statistics[key], strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+    def _evaluate(self, choices: Sequence[Choice], statistics: Statistics | None) -> list[tuple[float, float, float]]:
         def enter(module: nn.Module, key: tuple) -> None:
-            if self.calibration is None:
-                return
-            norms = self.norms[module]
-            if key not in statistics:
-                statistics[key] = [(torch.zeros_like(n.running_mean), torch.zeros_like(n.running_var)) for n in norms]
-            for norm, (mean, var) in zip(norms, statistics[key], strict=True):
-                norm.running_mean, norm.running_var = mean, var
+            if statistics is not None:
+                self._enter(module, key, statistics)
 
-        with torch.autocast(self.scored.device.type, torch.bfloat16, enabled=self.bf16):
-            self.model.train()
-            for number, (x, _) in enumerate(self.calibration or (), start=1):
-                for norm in chain(*self.norms.values()):
-                    norm.momentum = 1 / number  # makes the running statistics the mean of all batches so far
-                for _ in self.model.walk(x, choices, enter):
-                    pass
-            self.model.eval()
-            sums, start = [], 0
-            for x, y in self.scored:
-                logits = torch.stack(list(self.model.walk(x, choices, enter)))
-                sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
-                start += len(y)
+        self.model.eval()
+        sums, start = [], 0
+        for x, y in self.scored:
+            logits = torch.stack(list(self.model.walk(x, choices, enter)))
+            sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
+            start += len(y)
         totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for
         counts = torch.tensor([start, max(1, start // 2), start])
         return [tuple(row) for row in (totals / counts * torch.tensor([100, 100, 1])).tolist()]
@@ -220,25 +231,6 @@ def prepare_folder(folder: Path, settings: dict, overwrite: bool) -> None:
         raise UserError(f"cannot write to {folder} ({error}); choose another --search_dir") from None
 
 
-def read_record(path: Path) -> list[dict]:
-    """The rows of paths.csv, by index; a last line that a kill cut off is dropped, from the file as well."""
-    if not path.exists():
-        write_csv(path, [], COLUMNS)
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    rows = []
-    reader = csv.DictReader(whole.splitlines())
-    if reader.fieldnames != COLUMNS:
-        raise UserError(f"{path} does not begin with {','.join(COLUMNS)}; --overwrite deletes it")
-    for line, row in enumerate(reader, start=2):
-        try:
-            kinds = {"choice": str, "index": int, "generation": int}
-            rows.append({name: kinds.get(name, float)(row[name]) for name in COLUMNS})
-        except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}, is not a row of this record; mend or delete the line") from None
-    write_csv(path, rows, COLUMNS)
-    return sorted(rows, key=lambda row: row["index"])
-
-
 def to_row(candidate: Candidate, score: tuple[float, float, float], model: Supernet) -> dict:
     """A row of paths.csv."""
     accuracy, half, loss = score
@@ -261,7 +253,7 @@ def score_candidates(scorer: Scorer, candidates: list[Candidate], rows: list[dic
     for i, group in enumerate(groups, start=1):
         scores = scorer.score([c.choice for c in group])
         new = [to_row(candidate, score, scorer.model) for candidate, score in zip(group, scores, strict=True)]
-        append_csv(record, new, COLUMNS)
+        append_csv(record, new, list(COLUMNS))
         rows += new
         done += len(group)
         pace = (time.time() - start) / done
@@ -375,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
     prepare_folder(folder, settings, args.overwrite)
-    rows = read_record(folder / "paths.csv")
+    rows = recover_csv(folder / "paths.csv", COLUMNS)
 
     data_dir = args.data_dir or trained["data_dir"]
     log.info(f"supernet    {path}, {checkpoint['epoch']} epochs on {facts['name']}")

@@ -22,6 +22,7 @@ from utils import (
     RUN_FILES,
     SEARCH_FILES,
     UserError,
+    autocast,
     delete_files,
     describe_device,
     duration,
@@ -186,7 +187,8 @@ def train_epoch(
             group["lr"] = learning_rate(args, epoch, step / steps)
         choice = model.sample_choice(rng)
         optimizer.zero_grad(set_to_none=True)  # a zero gradient would let momentum and decay move idle blocks
-        logits = model(x, choice)
+        with autocast(args.precision, batches.device):
+            logits = model(x, choice)
         loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
         loss.backward()
         optimizer.step()

@@ -123,6 +123,11 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for "bf16", nothing for "fp32"; bfloat16 has the range of fp32, so no loss is scaled."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def describe_device(device: torch.device) -> str:
     """The device's name for the log, with the number of threads on a CPU."""
     if device.type == "cuda":
@@ -213,6 +218,25 @@ def append_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
         file.write(text.getvalue())
         file.flush()
         os.fsync(file.fileno())
+
+
+def recover_csv(path: Path, columns: dict[str, type]) -> list[dict]:
+    """The rows of a table that append_csv extends; a last line that a kill cut off is dropped, from the file as well.
+
+    Makes an empty table if there is none. Raises UserError if the file is another one, or a line is no row of it.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ",".join(columns) + "\n"
+    reader = csv.DictReader(text.rpartition("\n")[0].splitlines())
+    if reader.fieldnames != list(columns):
+        raise UserError(f"{path} does not begin with the line {','.join(columns)}; move or delete it")
+    rows = []
+    for line, row in enumerate(reader, start=2):
+        try:
+            rows.append({name: kind(row[name]) for name, kind in columns.items()})
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {line}, is not a row of that table; mend or delete the line") from None
+    write_csv(path, rows, list(columns))
+    return rows
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
