@@ -1,15 +1,20 @@
 """Every picture, drawn from rows of a CSV file without a display. The only module that imports matplotlib.
 
-`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it.
+`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it; without a file it redraws
+single_path.png, which needs none.
 """
 
 import argparse
 import csv
 import math
+import random
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+BLOCKS = {"0": "3x3", "1": "5x5", "2": "7x7", "3": "xception"}
+MARKERS = "v^sD"  # of the four single-block networks
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -71,11 +76,7 @@ def _values(rows: list[dict], name: str) -> list[float]:
 
 
 def _controls(rows: list[dict]) -> list[tuple[str, dict]]:
-    labels = "all 3x3", "all 5x5", "all 7x7", "all xception"
-    return [(labels[int(row["choice"][0])], row) for row in rows if int(row["generation"]) == -1]
-
-
-MARKERS = "v^sD"
+    return [(f"all {BLOCKS[row['choice'][0]]}", row) for row in rows if int(row["generation"]) == -1]
 
 
 def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
@@ -133,7 +134,7 @@ def plot_choices(rows: list[dict], path: Path, split: str = "search") -> None:
     figure, axis = _axes(9, 2.6)
     limit = np.nanmax(np.abs(means)) or 1
     image = axis.imshow(means, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-    axis.set(xlabel="layer", yticks=range(4), yticklabels=["3x3", "5x5", "7x7", "xception"])
+    axis.set(xlabel="layer", yticks=range(4), yticklabels=BLOCKS.values())
     axis.set_xticks(range(choices.shape[1]))
     axis.set_title(
         f"mean accuracy of the paths with a block, less that of all ({split} split)", loc="left", fontsize=10
@@ -149,12 +150,36 @@ def plot_search(rows: list[dict], folder: Path, split: str = "search") -> None:
     plot_choices(rows, folder / "choices.png", split)
 
 
+def plot_single_path(path: Path) -> None:
+    """Three steps of single-path training: every layer has four candidates, each step trains one path through them."""
+    rng = random.Random(4)
+    figure, axes = _axes(9, 2.4, columns=3)
+    names = list(BLOCKS.values())
+    for step, axis in enumerate(axes, start=1):
+        choice = [rng.randrange(4) for _ in range(8)]
+        layers = range(1, 9)
+        for layer, chosen in zip(layers, choice, strict=True):
+            axis.plot([layer] * 4, range(4), "s", color="#DDDDDD", markersize=11, zorder=1)
+            axis.plot(layer, chosen, "s", color=BLUE, markersize=11, zorder=3)
+        axis.plot([0, *layers, 9], [1.5, *choice, 1.5], color=BLUE, linewidth=1.5, zorder=2)
+        axis.plot([0, 9], [1.5, 1.5], "o", color="black", markersize=7)
+        axis.set(yticks=range(4), yticklabels=names if step == 1 else [], ylim=(3.6, -0.6))
+        axis.set_xticks([0, 1, 8, 9], ["stem", "1", "20", "head"], fontsize="small")
+        axis.set_xlabel("layer", fontsize="small")
+        axis.set_title(f"step {step}", fontsize="medium")
+        axis.spines[["left", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+    _save(figure, path)
+
+
 def main() -> None:
     """Redraws the pictures of CSV files beside them."""
     parser = argparse.ArgumentParser(description="Redraws the pictures of paths.csv or metrics.csv files beside them.")
-    parser.add_argument("csv", nargs="+", type=Path, help="paths.csv of a search or metrics.csv of a run")
+    parser.add_argument("csv", nargs="*", type=Path, help="paths.csv of a search or metrics.csv of a run")
     parser.add_argument("--split", default="search", help="the images that a search scored on (default: search)")
     args = parser.parse_args()
+    if not args.csv:
+        plot_single_path(Path(__file__).with_name("single_path.png"))
     for path in args.csv:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
