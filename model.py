@@ -104,7 +104,7 @@ class Supernet(nn.Module):
     def walk(self, x: Tensor, choices: Sequence[Choice], enter: Callable[[nn.Module, tuple], None]) -> Iterator[Tensor]:
         """The logits of many paths for one batch, in the order of `choices`, with equal beginnings computed once.
 
-        Neighbours share what they have in common, so sort the choices. Before a module computes, `enter` is called with
+        Neighbours share what they have in common, so sort the choices; they must differ. Before a module computes, `enter` is called with
         it and with a key (depth, the choice's numbers so far) that names the network up to and including it.
         """
         outputs, previous = [], ()
@@ -225,7 +225,7 @@ class Supernet(nn.Module):
     def _completions(self, layer: int, spent: int, low: float, high: float) -> int:
         """How many ways there are to go on from `layer` so that the whole path costs from `low` to `high`."""
         sums, fewer = self._sums[layer]
-        return fewer[bisect_right(sums, high - spent)] - fewer[bisect_left(sums, low - spent)]
+        return max(0, fewer[bisect_right(sums, high - spent)] - fewer[bisect_left(sums, low - spent)])
 
 
 def _bounds(min_flops: int | None, max_flops: int | None) -> tuple[float, float]:

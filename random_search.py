@@ -251,8 +251,9 @@ def score_candidates(scorer: Scorer, candidates: list[Candidate], rows: list[dic
     stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
     start, done = time.time(), 0
     for i, group in enumerate(groups, start=1):
-        scores = scorer.score([c.choice for c in group])
-        new = [to_row(candidate, score, scorer.model) for candidate, score in zip(group, scores, strict=True)]
+        choices = sorted({c.choice for c in group})  # a control may have been drawn as well
+        scores = dict(zip(choices, scorer.score(choices), strict=True))
+        new = [to_row(candidate, scores[candidate.choice], scorer.model) for candidate in group]
         append_csv(record, new, list(COLUMNS))
         rows += new
         done += len(group)
