@@ -104,8 +104,9 @@ class Supernet(nn.Module):
     def walk(self, x: Tensor, choices: Sequence[Choice], enter: Callable[[nn.Module, tuple], None]) -> Iterator[Tensor]:
         """The logits of many paths for one batch, in the order of `choices`, with equal beginnings computed once.
 
-        Neighbours share what they have in common, so sort the choices; they must differ. Before a module computes, `enter` is called with
-        it and with a key (depth, the choice's numbers so far) that names the network up to and including it.
+        Neighbours share what they have in common, so sort the choices; they must differ. Before a module computes,
+        `enter` is called with it and with a key (depth, the choice's numbers so far) that names the network up to and
+        including it.
         """
         outputs, previous = [], ()
         for choice in choices:

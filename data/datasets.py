@@ -106,7 +106,8 @@ def _cifar10(root: Path) -> Dataset:
         train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         folder = root / CIFAR10.base_folder
-        bad = [folder / file for file, md5 in CIFAR10.train_list + CIFAR10.test_list if not _intact(folder / file, md5)]
+        parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        bad = [folder / name for name, md5 in parts if not _intact(folder / name, md5)]
         bad += [archive] if had_archive and not check_integrity(str(archive), CIFAR10.tgz_md5) else []
         state = f"damaged, delete: {', '.join(map(str, bad))}" if bad else f"no CIFAR-10 in {root}"
         advice = f"put {CIFAR10.filename} into {root} by hand, or try --dataset digits, which needs no download"
@@ -177,6 +178,10 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts) or any(part.startswith("__") for part in path.parts[:-1])
+
+
 def _scan(folder: Path, classes: list[str]) -> Split:
     """The image files below a folder, with the class numbers of the training folder."""
     found = _class_folders(folder)
@@ -184,7 +189,7 @@ def _scan(folder: Path, classes: list[str]) -> Split:
         raise UserError(f"{folder / unknown[0]} is a class that the training folder does not have")
     numbers = {name: i for i, name in enumerate(classes)}
     files = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    files = [(path, label) for path, label in files if not os.path.basename(path).startswith(".")]
+    files = [(path, label) for path, label in files if not _hidden(Path(path).relative_to(folder))]
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     labels = torch.tensor([label for _, label in files])

@@ -84,6 +84,8 @@ class Batches:
             for images, indices in loader:
                 images, indices = (tensor.to(self.device, non_blocking=True) for tensor in (images, indices))
                 yield self._plain(images), self.labels[indices]
+        except UserError as error:  # its traceback would keep the dying workers waited for, 5 seconds each
+            raise error.with_traceback(None) from None
         except RuntimeError as error:
             if "shared memory" not in str(error) and "shm" not in str(error):
                 raise
@@ -104,6 +106,8 @@ class _Files(TorchDataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if self.seed is not None:
-            torch.manual_seed(self.seed + index)
-        return self.transform(read_image(self.files[index])), index
+        image = read_image(self.files[index])
+        with torch.random.fork_rng(devices=[]):
+            if self.seed is not None:
+                torch.manual_seed(self.seed + index)
+            return self.transform(image), index

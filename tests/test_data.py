@@ -1,0 +1,756 @@
+"""Data sets, splits, batches and augmentation, each against a plain reference; no test needs a network."""
+
+import gzip
+import hashlib
+import http.client
+import io
+import pickle
+import random
+import shutil
+import struct
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import data.datasets
+from data.augment import crop_and_flip, cutout
+from data.datasets import IMAGENET_NORM, Dataset, Split, channel_statistics, load_dataset
+from data.loaders import Batches
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+# Helpers and fixtures
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """A smooth colour picture: JPEG keeps it almost as it is."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    red, green = rows * 255 // max(height - 1, 1), columns * 255 // max(width - 1, 1)
+    return np.stack((red, green, (red + green) // 4), axis=2).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Writes so many PNGs of noise into each folder of a dict; returns their pixels, as bytes, with their folders."""
+
+    def write(counts: dict[str, int], side: int = 8) -> dict[bytes, str]:
+        origin = {}
+        for folder, count in counts.items():
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = noise(side, side, 3, seed=zlib.crc32(f"{folder} {i}".encode()))
+                Image.fromarray(pixels).save(tmp_path / folder / f"{i:03}.png")
+                origin[pixels.tobytes()] = folder
+        return origin
+
+    return write
+
+
+def pixels_of(split: Split) -> list[bytes]:
+    """The images of a split in memory as the bytes of (S, S, 3) arrays."""
+    return [image.permute(1, 2, 0).numpy().tobytes() for image in split.images]
+
+
+def refusal(*arguments, **options) -> str:
+    """The message of the UserError that load_dataset raises; it must be one line."""
+    with pytest.raises(UserError) as caught:
+        load_dataset(*arguments, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def in_memory(images: torch.Tensor, name: str = "cifar10", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)) -> Dataset:
+    """A data set of these images; the label of an image is its position."""
+    split = Split(images, torch.arange(len(images)))
+    return Dataset(name, images.shape[-1], list(map(str, range(len(images)))), mean, std, split, split, split)
+
+
+def restored(batch: torch.Tensor, dataset: Dataset) -> np.ndarray:
+    """Normalised images (N, 3, S, S) back to values from 0 to 255, by numpy in float64."""
+    mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
+    return (batch.double().numpy() * std + mean) * 255
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+class Response(io.BytesIO):
+    """What urlopen returns; once its content is read it ends, or breaks off with an exception."""
+
+    def __init__(self, url: str, content: bytes, end: BaseException | None):
+        super().__init__(content)
+        self.url, self.length, self.end = url, len(content), end
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = super().read(size)
+        if not chunk and self.end:
+            raise self.end
+        return chunk
+
+
+class Cifar:
+    """A CIFAR-10 of 6 x 40 images of noise in torchvision's layout, and the network that it might be fetched over."""
+
+    def __init__(self, folder: Path):
+        self.files, self.images, self.labels = {}, {}, {}
+        for i, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
+            self.images[name], self.labels[name] = noise(40, 3072, seed=i), [(n * 7 + i) % 10 for n in range(40)]
+            self.files[name] = pickle.dumps({"data": self.images[name], "labels": self.labels[name]})
+        self.files["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+        for name, content in self.files.items():
+            (folder / CIFAR10.base_folder).mkdir(exist_ok=True)
+            (folder / CIFAR10.base_folder / name).write_bytes(content)
+        with tarfile.open(folder / CIFAR10.filename, "w:gz", compresslevel=1) as tar:
+            tar.add(folder / CIFAR10.base_folder, CIFAR10.base_folder)
+        self.source, self.archive = folder, (folder / CIFAR10.filename).read_bytes()
+
+    def install(self, root: Path, archive: bool, folder: bool) -> None:
+        if archive:
+            (root / CIFAR10.filename).write_bytes(self.archive)
+        if folder:
+            shutil.copytree(self.source / CIFAR10.base_folder, root / CIFAR10.base_folder)
+
+    def urlopen(self, request, *_, **__) -> Response:
+        self.calls.append(request.full_url)
+        if self.served is None:
+            raise urllib.error.URLError("no route to host")
+        return Response(request.full_url, self.served, self.end)
+
+
+@pytest.fixture(scope="module")
+def tiny_cifar(tmp_path_factory):
+    return Cifar(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture
+def cifar(tiny_cifar, monkeypatch):
+    """The tiny CIFAR-10 with its checksums in torchvision's class and no network."""
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in tiny_cifar.files.items()}
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(tiny_cifar.archive).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{n}", sums[f"data_batch_{n}"]] for n in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    monkeypatch.setattr(urllib.request, "urlopen", tiny_cifar.urlopen)
+    tiny_cifar.calls, tiny_cifar.served, tiny_cifar.end = [], None, None
+    return tiny_cifar
+
+
+# Digits
+
+
+def test_digits_are_1197_300_300_images_and_every_one_of_the_1797_is_in_exactly_one_split():
+    with np.load(Path(data.datasets.__file__).with_name("digits.npz")) as arrays:
+        raw, labels = arrays["images"], arrays["labels"]
+    levels = np.round(raw * (255 / 16)).astype(np.uint8)  # the values are 0 to 16
+    expected = sorted((image.tobytes(), int(label)) for image, label in zip(levels, labels, strict=True))
+    digits = load_dataset("digits", "unused", 8)
+    splits = digits.train, digits.search, digits.test
+    assert [len(split) for split in splits] == [1197, 300, 300]
+    for held in splits[1:]:
+        assert held.labels.bincount().tolist() == [30] * 10
+    found = [(i[0].numpy().tobytes(), int(n)) for s in splits for i, n in zip(s.images, s.labels, strict=True)]
+    assert sorted(found) == expected
+
+
+def test_digits_are_enlarged_bilinearly_to_three_equal_channels():
+    small, large = load_dataset("digits", "unused", 8), load_dataset("digits", "unused", 16)
+    assert torch.equal(small.train.labels, large.train.labels)
+    raw = np.round(small.train.images[:40, 0].numpy() * 16.0 / 255) * 255 / 16  # the values 0 to 16 again, unrounded
+    images = large.train.images.numpy()
+    assert images.dtype == np.uint8 and (images == images[:, :1]).all()
+    for row in range(16):
+        for column in range(16):
+            expected = 0
+            for r, row_share in naive_taps(row):
+                for c, column_share in naive_taps(column):
+                    expected = expected + raw[:, r, c] * row_share * column_share
+            assert np.abs(images[:40, 0, row, column] - expected).max() <= 0.51
+
+
+def naive_taps(position: int) -> list[tuple[int, float]]:
+    """Which of 8 pixels make up a pixel of 16, with their shares: pixel centres lie at halves, borders repeat."""
+    centre = (position + 0.5) / 2 - 0.5
+    low = int(np.floor(centre))
+    return [(max(low, 0), 1 - (centre - low)), (min(low + 1, 7), centre - low)]
+
+
+# CIFAR-10
+
+
+@pytest.mark.parametrize(("archive", "folder"), [(True, True), (False, True), (True, False)])
+def test_cifar10_loads_from_archive_or_folder_without_a_network_call(cifar, tmp_path, archive, folder):
+    """pytorch/pytorch#59344."""
+    cifar.install(tmp_path, archive, folder)
+    dataset = load_dataset("cifar10", str(tmp_path), 32)
+    assert cifar.calls == []
+    assert dataset.classes == [f"class {i}" for i in range(10)]
+    assert [len(split) for split in (dataset.train, dataset.search, dataset.test)] == [180, 20, 40]
+
+
+def test_cifar10_holds_a_tenth_of_each_class_out_of_training_and_no_test_image_gets_there(cifar, tmp_path):
+    """quark0/darts#66, kuangliu/pytorch-cifar#145."""
+    cifar.install(tmp_path, archive=False, folder=True)
+    dataset = load_dataset("cifar10", str(tmp_path), 32)
+    truth = {}
+    for name in cifar.images:
+        for row, label in zip(cifar.images[name], cifar.labels[name], strict=True):
+            truth[row.tobytes()] = (label, name == "test_batch")
+    seen = []
+    for split, is_test in ((dataset.train, False), (dataset.search, False), (dataset.test, True)):
+        keys = [image.numpy().tobytes() for image in split.images]  # planes of red, green, blue, as in the pickles
+        assert [truth[key] for key in keys] == [(label, is_test) for label in split.labels.tolist()]
+        seen += keys
+    assert len(seen) == len(set(seen)) == 240
+    assert dataset.search.labels.bincount().tolist() == [2] * 10
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits", "folder"])
+def test_the_same_images_are_held_out_whatever_the_global_seeds_are(cifar, tree, tmp_path, name):
+    cifar.install(tmp_path, archive=False, folder=True)
+    tree({"train/a": 30, "train/b": 30, "test/a": 1})
+    splits = []
+    for seed in (1, 2):
+        seed_everything(seed)
+        dataset = load_dataset(name, str(tmp_path), 8)
+        splits.append([pixels_of(split) for split in (dataset.train, dataset.search, dataset.test)])
+    assert splits[0] == splits[1]
+
+
+def test_cifar10_without_network_says_what_to_put_where(cifar, tmp_path):
+    """pytorch/vision#6007, pytorch/vision#5039."""
+    message = refusal("cifar10", str(tmp_path), 32)
+    for part in (CIFAR10.url, CIFAR10.filename, str(tmp_path), "--dataset digits", "no route to host"):
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_cifar10_archive_is_named_as_damaged(cifar, tmp_path):
+    """avirambh/MSDNet-GCN#4, pytorch/vision#774."""
+    archive = tmp_path / CIFAR10.filename
+    archive.write_bytes(cifar.archive[: len(cifar.archive) // 2])
+    message = refusal("cifar10", str(tmp_path), 32)
+    assert str(archive) in message and "damaged" in message
+    cifar.served = cifar.archive  # with a network it is fetched again
+    assert len(load_dataset("cifar10", str(tmp_path), 32).train) == 180
+    assert set(cifar.calls) == {CIFAR10.url}
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_damaged_cifar10_file_is_named(cifar, tmp_path, name):
+    """huyvnphan/PyTorch_CIFAR10#22."""
+    cifar.install(tmp_path, archive=False, folder=True)
+    path = tmp_path / CIFAR10.base_folder / name
+    path.write_bytes(cifar.files[name][:-100])
+    message = refusal("cifar10", str(tmp_path), 32)
+    assert str(path) in message and "damaged" in message
+    assert message.count(CIFAR10.base_folder) == 1, "an intact file is named too"
+
+
+@pytest.mark.parametrize(
+    ("end", "raised"),
+    [
+        (ConnectionResetError("connection reset by peer"), UserError),
+        (http.client.IncompleteRead(b"", 1000), UserError),
+        (None, UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["reset", "incomplete", "short", "ctrl-c"],
+)
+def test_a_download_that_breaks_off_leaves_no_archive_behind(cifar, tmp_path, end, raised):
+    """pytorch/pytorch#740, pytorch/vision#6007."""
+    cifar.served, cifar.end = cifar.archive[: len(cifar.archive) // 2], end
+    with pytest.raises(raised) as caught:
+        load_dataset("cifar10", str(tmp_path), 32)
+    assert cifar.calls and list(tmp_path.iterdir()) == []
+    assert raised is KeyboardInterrupt or CIFAR10.url in str(caught.value)
+
+
+# Folders
+
+
+@pytest.mark.parametrize(("name", "held"), [("folder", [1, 2, 52]), ("imagenet", [1, 2, 50])])
+def test_folders_hold_a_tenth_of_each_class_out_of_training(tree, tmp_path, name, held):
+    """pytorch/vision#3602: imagenet too needs the plain folders only."""
+    origin = tree({"train/a": 3, "train/b": 25, "train/c": 520, "val/a": 2, "val/b": 1, "val/c": 1})
+    dataset = load_dataset(name, str(tmp_path), 8)
+    assert dataset.search.labels.bincount().tolist() == held
+    assert dataset.train.labels.bincount().tolist() == [count - h for count, h in zip((3, 25, 520), held, strict=True)]
+    seen = []
+    for split, folder in ((dataset.train, "train"), (dataset.search, "train"), (dataset.test, "val")):
+        keys = pixels_of(split)
+        assert [origin[key] for key in keys] == [f"{folder}/{'abc'[label]}" for label in split.labels.tolist()]
+        seen += keys
+    assert len(set(seen)) == len(seen) == 552
+    if name == "imagenet":
+        assert (dataset.mean, dataset.std) == IMAGENET_NORM
+    else:
+        values = dataset.train.images.numpy() / 255
+        assert np.allclose((dataset.mean, dataset.std), (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "search", "test"),
+    [
+        ("folder", "val", "train", "val"),
+        ("folder", "test", "train", "test"),
+        ("folder", "val test", "val", "test"),
+        ("imagenet", "val test", "train", "val"),
+    ],
+)
+@pytest.mark.parametrize("image_size", [8, 96])
+def test_which_folder_becomes_which_split(tree, tmp_path, name, folders, search, test, image_size):
+    origin = tree({f"{folder}/{c}": 2 for folder in ("train", *folders.split()) for c in "ab"})
+    dataset = load_dataset(name, str(tmp_path), image_size)
+
+    def folder_of(split: Split) -> set[str]:
+        if isinstance(split.images, list):
+            return {Path(path).relative_to(tmp_path).parts[0] for path in split.images}
+        return {origin[key].split("/")[0] for key in pixels_of(split)}
+
+    assert [folder_of(s) for s in (dataset.train, dataset.search, dataset.test)] == [{"train"}, {search}, {test}]
+    assert len(dataset.train) == (4 if search == "val" else 2)
+
+
+@pytest.mark.parametrize("missing", ["absent", "empty"])
+@pytest.mark.parametrize(("name", "folders"), [("imagenet", "val"), ("folder", "test"), ("folder", "val test")])
+def test_classes_keep_their_numbers_where_one_has_no_images(tree, tmp_path, name, folders, missing):
+    """pytorch/vision#4925, pytorch/vision#8297, ultralytics/ultralytics#14301."""
+    counts = {"train/a": 2, "train/b": 2, "train/c": 2}
+    for folder in folders.split():
+        counts |= {f"{folder}/a": 1, f"{folder}/c": 2} | ({f"{folder}/b": 0} if missing == "empty" else {})
+    tree(counts)
+    dataset = load_dataset(name, str(tmp_path), 8)
+    assert dataset.classes == ["a", "b", "c"]
+    for split in (dataset.test, dataset.search)[: len(folders.split())]:
+        assert split.labels.tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_hidden_and_tool_folders_are_no_classes(tree, tmp_path, folder, count):
+    """pytorch/vision#2831, open-mmlab/mmpretrain#507."""
+    tree({"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
+    tree({f"train/{folder}": count, f"test/{folder}": count})
+    (tmp_path / "train/a/._000.png").write_bytes(b"a resource fork of macOS")
+    dataset = load_dataset("folder", str(tmp_path), 8)
+    assert dataset.classes == ["a", "b"]
+    assert sorted((dataset.train + dataset.search).labels.tolist()) == [0, 0, 1, 1]
+    assert dataset.test.labels.tolist() == [0, 1]
+
+
+def test_copies_in_a_hidden_folder_of_a_class_are_no_images(tree, tmp_path):
+    """pytorch/vision#2831, one level deeper: such a copy could be held out while its original is trained on."""
+    tree({"train/a": 2, "train/b": 2, "test/a": 1, "train/a/.ipynb_checkpoints": 2, "test/a/.ipynb_checkpoints": 2})
+    dataset = load_dataset("folder", str(tmp_path), 8)
+    assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "named", "said"),
+    [
+        ({"test/a": 2}, "train", "no folder"),
+        ({"train/a": 2, "train/b": 2}, "val", "no folder"),
+        ({"train": 4, "val/a": 1}, "train", "one folder per class"),
+        ({"train/a": 2, "train/b": 2, "val": 3}, "val", "one folder per class"),
+        ({"train/a": 2, "train/b": 2, "val/a": 0}, "val", "no images"),
+        ({"train/a": 2, "train/b": 2, "val/zebra": 1}, "val/zebra", "training folder"),
+        ({"train/a": 2, "train/b": 1, "val/a": 1}, "train/b", "fewer than 2"),
+        ({"train/a": 2, "train/b": 0, "val/a": 1}, "train/b", "fewer than 2"),
+        ({"train/a": 4, "val/a": 1}, "train", "one class"),
+    ],
+)
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_a_wrong_layout_is_refused_with_the_folder(tree, tmp_path, name, counts, named, said):
+    """facebookresearch/kill-the-bits#5, pytorch/examples#275 (a flat val folder) and the like."""
+    tree(counts)
+    message = refusal(name, str(tmp_path), 8)
+    assert f"{tmp_path / named} " in message.replace(";", " ") and said in message
+
+
+def test_more_than_the_room_for_small_images_is_refused_with_the_numbers(tree, tmp_path, monkeypatch):
+    tree({"train/a": 5, "train/b": 5, "val/a": 3})
+    monkeypatch.setattr(data.datasets, "RESIDENT_BYTES", 13 * 3 * 8 * 8)
+    load_dataset("folder", str(tmp_path), 8)
+    monkeypatch.setattr(data.datasets, "RESIDENT_BYTES", 13 * 3 * 8 * 8 - 1)
+    message = refusal("folder", str(tmp_path), 8)
+    assert "13 images of 8 px" in message and "GiB" in message
+    assert isinstance(load_dataset("folder", str(tmp_path), 96).train.images, list), "larger ones are not kept"
+
+
+# Image files
+
+
+def image_files() -> dict[str, tuple[bytes, np.ndarray, float]]:
+    """Files of one 32x32 picture by name: content, expected pixels, and how far the mean may be from them."""
+    pixels = gradient(32, 32)
+    rgb = Image.fromarray(pixels)
+    grey = rgb.convert("L")
+    two = Image.fromarray(np.asarray(grey) >= 128)
+    greys, twos = (np.repeat(np.asarray(i, dtype=np.uint8)[:, :, None], 3, axis=2) for i in (grey, two))
+    indices, alpha = np.arange(1024, dtype=np.uint8).reshape(32, 32), Image.fromarray(noise(32, 32))
+    palette = noise(256, 3)
+    indexed = Image.frombytes("P", (32, 32), indices.tobytes())
+    indexed.putpalette(palette.flatten().tolist())
+    rgba, grey_alpha = rgb.copy(), grey.copy()
+    rgba.putalpha(alpha)
+    grey_alpha.putalpha(alpha)
+    bad_exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"
+    return {
+        "L.png": (encoded(grey, "PNG"), greys, 0),
+        "1.png": (encoded(two, "PNG"), twos * 255, 0),
+        "LA.png": (encoded(grey_alpha, "PNG"), greys, 0),
+        "P.png": (encoded(indexed, "PNG", transparency=bytes(range(256))), palette[indices], 0),
+        "RGBA.png": (encoded(rgba, "PNG"), pixels, 0),
+        "png-inside.JPEG": (encoded(rgb, "PNG"), pixels, 0),
+        "UPPER.PNG": (encoded(rgb, "PNG"), pixels, 0),
+        "L.jpg": (encoded(grey, "JPEG"), greys, 0.02),
+        "CMYK.jpg": (encoded(rgb.convert("CMYK"), "JPEG"), pixels, 0.05),
+        "bad-exif.jpg": (encoded(rgb, "JPEG", exif=bad_exif), pixels, 0.02),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Palette images", "ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", image_files())
+def test_images_of_any_mode_are_read_as_rgb(tree, tmp_path, name):
+    """python-pillow/Pillow#2564, nothings/stb#427, IntelLabs/distiller#163."""
+    content, expected, tolerance = image_files()[name]
+    tree({"train/a": 2, "train/b": 2, "test/a": 0}, side=32)
+    (tmp_path / "test/a" / name).write_bytes(content)
+    dataset = load_dataset("folder", str(tmp_path), 32)
+    assert dataset.test.images.shape == (1, 3, 32, 32)
+    found = dataset.test.images[0].permute(1, 2, 0).numpy()
+    if not tolerance:
+        assert np.array_equal(found, expected)
+    assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() <= tolerance * 255
+
+
+@pytest.mark.filterwarnings("ignore:Palette images", "ignore:Corrupt EXIF")
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_images_of_any_mode_and_size_pass_training_and_evaluation(tmp_path, image_size):
+    """www.terryalanunlimited.com (500x33 pictures), python-pillow/Pillow#2564."""
+    files = {name: content for name, (content, _, _) in image_files().items()}
+    files["dot.png"] = encoded(Image.fromarray(noise(1, 1, 3)), "PNG")
+    files["wide.jpg"] = encoded(Image.fromarray(gradient(33, 500)), "JPEG")
+    files["high.jpg"] = encoded(Image.fromarray(gradient(500, 33)), "JPEG")
+    for folder in ("train/a", "train/b", "test/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name, content in files.items():
+            (tmp_path / folder / name).write_bytes(content)
+    dataset = load_dataset("folder", str(tmp_path), image_size)
+    training = Batches(dataset, dataset.train + dataset.search, 2 * len(files), CPU)
+    for batches in (training.epoch(0, 0), training, Batches(dataset, dataset.test, len(files), CPU)):
+        ((images, labels),) = batches
+        assert images.shape == (len(labels), 3, image_size, image_size) and len(labels) >= len(files)
+        assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_an_exif_orientation_is_ignored_in_training_and_evaluation(tmp_path, image_size):
+    """pytorch/vision#7977, pytorch/vision#7947."""
+    stripes = Image.fromarray(np.ascontiguousarray(np.broadcast_to(gradient(1, 80), (40, 80, 3))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: it would make the equal rows differ
+    for folder in ("train/a", "train/b", "test/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            stripes.save(tmp_path / folder / f"{i}.jpg", **({"exif": exif} if i % 2 else {}))
+    assert Image.open(tmp_path / "test/a/1.jpg").getexif()[0x0112] == 6
+    dataset = load_dataset("folder", str(tmp_path), image_size)
+    training = Batches(dataset, dataset.train + dataset.search, 8, CPU)
+    for batches in (training.epoch(0, 0), training, Batches(dataset, dataset.test, 4, CPU)):
+        for images, _ in batches:
+            inner = restored(images, dataset)[:, :, 8:-8, 8:-8]  # without the border that a crop may add
+            assert np.ptp(inner, axis=2).max() <= 2
+            assert np.ptp(inner, axis=3).max((1, 2)).min() > 2
+
+
+def damaged_file(kind: str) -> tuple[str, bytes]:
+    jpeg = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    if kind == "truncated":
+        return "cut.jpg", jpeg[: len(jpeg) // 2]
+    if kind == "empty":
+        return "empty.jpg", b""
+    if kind == "gzip":
+        return "zipped.JPEG", gzip.compress(jpeg)
+    chunks = [  # 20,000 x 10,000 pixels of one bit
+        (b"IHDR", struct.pack(">IIBBBBB", 20000, 10000, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(2501 * 10000), 1)),
+        (b"IEND", b""),
+    ]
+    content = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return "giant.png", b"\x89PNG\r\n\x1a\n" + b"".join(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "gzip", "giant"])
+@pytest.mark.parametrize("folder", ["train", "test"])
+def test_a_damaged_small_image_is_refused_with_its_path(tree, tmp_path, kind, folder):
+    """pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10."""
+    tree({"train/a": 2, "train/b": 2, "test/a": 1})
+    name, content = damaged_file(kind)
+    path = tmp_path / folder / "a" / name
+    path.write_bytes(content)
+    assert str(path) in refusal("folder", str(tmp_path), 32, workers=2)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "gzip", "giant"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_streamed_image_is_refused_with_its_path(tree, tmp_path, kind, workers):
+    """pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10: also from a worker process."""
+    tree({"train/a": 2, "train/b": 2, "val/a": 3})
+    name, content = damaged_file(kind)
+    path = tmp_path / "val/a" / name
+    path.write_bytes(content)
+    dataset = load_dataset("imagenet", str(tmp_path), 96)
+    batches = Batches(dataset, dataset.test, 2, CPU, workers)
+    for images in (batches, batches.epoch(0, 0)):
+        assert str(path) in worker_refusal(images).strip().splitlines()[-1]
+
+
+def worker_refusal(batches: Iterable) -> str:
+    """The message of the UserError; drops its traceback, which would hold the workers (5 s each) until collected."""
+    try:
+        list(batches)
+    except UserError as error:
+        return str(error.with_traceback(None))
+    pytest.fail("the damaged image was read")
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 96])
+@pytest.mark.parametrize("shape", [(150, 120), (120, 201)])
+def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(tree, tmp_path, image_size, shape):
+    """A large image is cropped as 224 out of 256; a small one keeps its whole shorter side."""
+    tree({"train/a": 2, "train/b": 2, "test/a": 0})
+    picture = Image.fromarray(noise(*shape, 3)).resize(shape[::-1], Image.Resampling.BOX)
+    picture.save(tmp_path / "test/a/0.png")
+    dataset = load_dataset("folder", str(tmp_path), image_size)
+    ((images, _),) = Batches(dataset, dataset.test, 1, CPU)
+    shorter = {32: 32, 64: 64, 96: 109}[image_size]
+    height, width = (int(shorter * side / min(shape)) for side in shape)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    expected = resized[top : top + image_size, left : left + image_size].transpose(2, 0, 1)
+    assert np.abs(restored(images, dataset)[0] - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_a_red_image_comes_out_in_rgb_order(tree, tmp_path, image_size):
+    """megvii-model/SinglePathOneShot#5."""
+    tree({"train/a": 2, "train/b": 2, "test/a": 0}, side=image_size)
+    Image.new("RGB", (image_size, image_size), (255, 0, 0)).save(tmp_path / "test/a/red.png")
+    dataset = load_dataset("folder", str(tmp_path), image_size)
+    ((images, _),) = Batches(dataset, dataset.test, 1, CPU)
+    for channel, value in enumerate((1, 0, 0)):
+        expected = (value - dataset.mean[channel]) / dataset.std[channel]
+        assert np.allclose(images[0, channel].numpy(), expected, atol=1e-5)
+
+
+# Channel statistics
+
+
+def test_channel_statistics_are_the_mean_and_deviation_of_numpy():
+    images = noise(9, 3, 5, 7)
+    images[:, 1] //= 3
+    images[:, 2] = images[:, 2] // 100 + 250
+    mean, std = channel_statistics(torch.from_numpy(images))
+    values = images.astype(np.float64) / 255
+    assert np.allclose(mean, values.mean((0, 2, 3)), rtol=1e-9) and np.allclose(std, values.std((0, 2, 3)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("channels", [[0], [2], [0, 1, 2]])
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_images_that_are_constant_in_a_channel_are_refused(channels, value):
+    images = torch.from_numpy(noise(4, 3, 6, 6))
+    images[:, channels] = value
+    with pytest.raises(UserError):
+        channel_statistics(images)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_iterating_gives_every_image_once_in_order_normalised_and_unaugmented(batch_size):
+    """udacity/deep-learning-v2-pytorch#132, ildoonet/pytorch-randaugment#16."""
+    images = noise(20, 3, 8, 8)
+    dataset = in_memory(torch.from_numpy(images))
+    batches = Batches(dataset, dataset.train, batch_size, CPU)
+    parts = list(batches)
+    assert len(batches) == len(parts) == -(-20 // batch_size)
+    assert torch.cat([labels for _, labels in parts]).tolist() == list(range(20))
+    mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
+    found = torch.cat([part for part, _ in parts]).numpy()
+    assert found.dtype == np.float32 and np.allclose(found, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part, _ in parts)
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone():
+    dataset = in_memory(torch.from_numpy(noise(40, 3, 16, 16)))
+    batches = Batches(dataset, dataset.train, 16, CPU)
+
+    def drawn(seed: int, epoch: int) -> tuple[list[int], torch.Tensor]:
+        seed_everything(len(runs))
+        parts = list(batches.epoch(seed, epoch, 4))
+        assert all(part.is_contiguous(memory_format=torch.channels_last) for part, _ in parts)
+        runs.append(torch.cat([labels for _, labels in parts]).tolist())
+        return runs[-1], torch.cat([images for images, _ in parts])
+
+    runs = []
+    (order, images), (same_order, same_images) = drawn(3, 5), drawn(3, 5)
+    assert order == same_order and torch.equal(images, same_images)
+    others = [drawn(3, 6), drawn(4, 5), drawn(5, 3)]
+    assert len({tuple(run) for run in runs}) == 4
+    assert not any(torch.equal(images, other) for _, other in others)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(20, 8, [8, 8]), (16, 8, [8, 8]), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])],
+)
+def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(count, batch_size, sizes):
+    """openvinotoolkit/nncf#379, mapbox/robosat#228."""
+    images = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    dataset = in_memory(images)
+    batches = Batches(dataset, dataset.train, batch_size, CPU)
+    parts = list(batches.epoch(0, 0))
+    assert [len(labels) for _, labels in parts] == [len(part) for part, _ in parts] == sizes
+    assert batches.steps() == len(sizes)
+    labels = torch.cat([labels for _, labels in parts])
+    assert len(labels.unique()) == len(labels), "an image came twice"
+    brightest = np.concatenate([restored(part, dataset).max((1, 2, 3)) for part, _ in parts])
+    assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), "images and labels do not belong together"
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_crop_and_flip_equals_a_loop_over_images(padding):
+    images, rng = noise(30, 3, 8, 8), np.random.default_rng(1)
+    down, right = rng.integers(0, 2 * padding + 1, (2, 30))
+    flip = rng.integers(0, 2, 30).astype(bool)
+    found = crop_and_flip(*map(torch.from_numpy, (images, down, right, flip)), padding)
+    assert found.dtype == torch.uint8
+    for i in range(30):
+        padded = np.pad(images[i], ((0, 0), (padding, padding), (padding, padding)))
+        crop = padded[:, down[i] : down[i] + 8, right[i] : right[i] + 8]
+        assert np.array_equal(found[i].numpy(), crop[:, :, ::-1] if flip[i] else crop)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 7, 40])
+def test_cutout_zeroes_a_square_clipped_at_the_border(length):
+    images = noise(64, 3, 8, 8).astype(np.float32) + 1
+    row, column = (centres.flatten() for centres in np.mgrid[0:8, 0:8])  # every pixel is a centre once
+    found = cutout(*map(torch.from_numpy, (images.copy(), row, column)), length).numpy()
+    for i in range(64):
+        top, left = row[i] - length // 2, column[i] - length // 2
+        images[i, :, max(top, 0) : top + length, max(left, 0) : left + length] = 0
+    assert np.array_equal(found, images)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_an_epoch_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(name):
+    """Every pixel tells where it comes from; the drawn shift and mirroring must explain the whole image."""
+    side, padding, count = 16, 2, 600
+    rows, columns = np.mgrid[0:side, 0:side]
+    source = np.stack((rows + 1, columns + 1, np.full_like(rows, 200))).astype(np.uint8)
+    dataset = in_memory(torch.from_numpy(source).expand(count, -1, -1, -1), name)
+    batches = Batches(dataset, dataset.train, 200, CPU)
+    found = np.concatenate([restored(images, dataset) for images, _ in batches.epoch(0, 0)])
+    assert np.abs(found - found.round()).max() < 1e-3
+    found = found.round().astype(int)
+    flip = found[:, 1, 8, 8] < found[:, 1, 8, 7]
+    down = found[:, 0, 8, 8] - 9 + padding
+    right = np.where(flip, found[:, 1, 8, 7], found[:, 1, 8, 8]) - 9 + padding
+    padded = np.pad(source, ((0, 0), (padding, padding), (padding, padding)))
+    for i in range(count):
+        crop = padded[:, down[i] : down[i] + side, right[i] : right[i] + side]
+        assert np.array_equal(found[i], crop[:, :, ::-1] if flip[i] else crop)
+    drawn = np.bincount(down * 5 + right, minlength=25)
+    assert len(drawn) == 25 and drawn.min() >= 8, "each of the 25 shifts is drawn about 24 times"
+    assert 240 < flip.sum() < 360 if name == "cifar10" else not flip.any()
+
+
+def test_an_epoch_cuts_one_square_out_of_each_image_with_its_centre_anywhere():
+    dataset = in_memory(torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2), mean=(101 / 255, 51 / 255, 7 / 255))
+    batches = Batches(dataset, dataset.train, 200, CPU)
+    whole, cut = (torch.cat([images for images, _ in batches.epoch(0, 0, length)]) for length in (0, 6))
+    holes = (cut == 0).all(1)  # with an odd mean and even pixels, nothing else is zero
+    assert torch.equal(whole.masked_fill(holes[:, None], 0), cut) and not (whole == 0).any()
+    corners = set()
+    for hole in holes:
+        row, column = (hole.any(dim).nonzero().flatten() for dim in (1, 0))
+        box = row[0], row[-1] + 1, column[0], column[-1] + 1
+        assert hole[box[0] : box[1], box[2] : box[3]].all() and hole.sum() == len(row) * len(column)
+        corners.add((int(box[0]), int(box[1])))
+    assert corners == {(max(0, centre - 3), min(16, centre + 3)) for centre in range(16)}
+
+
+# Streaming
+
+
+@pytest.fixture
+def colours(tmp_path) -> Dataset:
+    """Streamed images of three classes: red, green and blue, with a black corner."""
+    for folder, count in (("train", 5), ("test", 2)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            (tmp_path / folder / colour).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((60, 80 + i, 3), 40, dtype=np.uint8)
+                pixels[:, :, label] = 180
+                pixels[:20, :30] = 0
+                Image.fromarray(pixels).save(tmp_path / folder / colour / f"{i}.png")
+    return load_dataset("folder", str(tmp_path), 96)
+
+
+def test_streamed_batches_depend_neither_on_the_workers_nor_on_global_seeds(colours):
+    """gpleiss/efficient_densenet_pytorch#51: evaluation has no randomness, an epoch only that of (seed, epoch)."""
+    runs = []
+    for workers in (0, 2):
+        seed_everything(workers)
+        batches = Batches(colours, colours.train, 5, CPU, workers)
+        runs.append([list(batches.epoch(1, 2)), list(batches)])
+    for name, ours, theirs in zip(("epoch", "evaluation"), *runs, strict=True):
+        assert [len(labels) for _, labels in ours] == ([5, 5] if name == "epoch" else [5, 5, 2])
+        for (images, labels), (other_images, other_labels) in zip(ours, theirs, strict=True):
+            assert images.shape == (len(labels), 3, 96, 96)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+            brightest = restored(images, colours).mean((2, 3)).argmax(1)
+            classes = [("red", "green", "blue").index(colours.classes[label]) for label in labels]
+            assert brightest.tolist() == classes, "images and labels do not belong together"
+
+
+def test_streamed_augmentation_repeats_in_no_worker_and_no_epoch(tmp_path):
+    """pytorch/pytorch#5059, xingyizhou/CenterNet#233."""
+    for folder in ("train/a", "train/b", "test/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(gradient(60, 80)).save(tmp_path / folder / f"{i}.png")
+    dataset = load_dataset("folder", str(tmp_path), 96)
+    batches = Batches(dataset, dataset.train + dataset.search, 2, CPU, workers=2)
+    drawn = torch.cat([images for epoch in range(2) for images, _ in batches.epoch(0, epoch)])
+    assert len(drawn.unique(dim=0)) == len(drawn) == 16
