@@ -10,7 +10,6 @@ import random
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median, stdev
@@ -57,9 +56,8 @@ CONTROL = -1  # the generation of the four single-block networks
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(__doc__.splitlines()[0], data_dir=None)
     add = parser.add_argument
-    parser.set_defaults(data_dir=None)
     add("--ckpt", nargs="?", help="the supernet's last.pth; the newest of runs/*/ if there is no value")
     add("--search_dir", help="where the results go (default: search/ beside the checkpoint)")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
@@ -71,15 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", choices=("search", "test"), default="search", help="images that score; test is biased, see README")
     add("--overwrite", action="store_true", help="delete what an earlier search left, and begin anew")
     return parser
-
-
-@dataclass
-class Candidate:
-    """An architecture to score: its place in the record, and where it came from."""
-
-    index: int
-    choice: Choice
-    generation: int
 
 
 # For each node of the tree of paths, mean and variance of every BatchNorm in it.
@@ -231,29 +220,30 @@ def prepare_folder(folder: Path, settings: dict, overwrite: bool) -> None:
         raise UserError(f"cannot write to {folder} ({error}); choose another --search_dir") from None
 
 
-def to_row(candidate: Candidate, score: tuple[float, float, float], model: Supernet) -> dict:
-    """A row of paths.csv."""
-    accuracy, half, loss = score
-    values = {
-        "index": candidate.index,
-        "choice": "-".join(map(str, candidate.choice)),
-        "generation": candidate.generation,
-    }
-    values |= {"accuracy": accuracy, "half_accuracy": half, "loss": loss}
-    return values | {"flops_m": model.flops(candidate.choice) / 1e6, "params_m": model.params(candidate.choice) / 1e6}
+def candidates(choices: Sequence[Choice], generation: int, first: int) -> list[dict]:
+    """The beginnings of rows of paths.csv, with indices from `first` on."""
+    return [
+        {"index": first + i, "choice": "-".join(map(str, choice)), "generation": generation}
+        for i, choice in enumerate(choices)
+    ]
 
 
-def score_candidates(scorer: Scorer, candidates: list[Candidate], rows: list[dict], record: Path, seed: int) -> None:
+def choice_of(row: dict) -> Choice:
+    """The choice of a row as numbers."""
+    return tuple(map(int, row["choice"].split("-")))
+
+
+def score_missing(scorer: Scorer, wanted: list[dict], rows: list[dict], record: Path, seed: int) -> None:
     """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group."""
     known = {row["index"] for row in rows}
-    todo = sorted((c for c in candidates if c.index not in known), key=lambda c: c.choice)
+    todo = sorted((row for row in wanted if row["index"] not in known), key=choice_of)
     groups = [todo[i : i + GROUP] for i in range(0, len(todo), GROUP)]
     stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
     start, done = time.time(), 0
     for i, group in enumerate(groups, start=1):
-        choices = sorted({c.choice for c in group})  # a control may have been drawn as well
+        choices = sorted(set(map(choice_of, group)))  # a control may have been drawn as well
         scores = dict(zip(choices, scorer.score(choices), strict=True))
-        new = [to_row(candidate, scores[candidate.choice], scorer.model) for candidate in group]
+        new = [row | describe(choice_of(row), *scores[choice_of(row)], scorer.model) for row in group]
         append_csv(record, new, list(COLUMNS))
         rows += new
         done += len(group)
@@ -262,6 +252,12 @@ def score_candidates(scorer: Scorer, candidates: list[Candidate], rows: list[dic
         left = duration(pace * (len(todo) - done))
         log.info(f"group {i}/{len(groups)}  {len(rows)} paths  best {top:.2f}%  {pace:.2f}s a path  left {left}")
     rows.sort(key=lambda row: row["index"])
+
+
+def describe(choice: Choice, accuracy: float, half_accuracy: float, loss: float, model: Supernet) -> dict:
+    """The rest of a row: scores and costs."""
+    scores = {"accuracy": accuracy, "half_accuracy": half_accuracy, "loss": loss}
+    return scores | {"flops_m": model.flops(choice) / 1e6, "params_m": model.params(choice) / 1e6}
 
 
 def ranked(rows: list[dict]) -> list[dict]:
@@ -276,11 +272,6 @@ def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> lis
     scores = scorer.score(missing) if missing else []
     measured = {"-".join(map(str, choice)): score[0] for choice, score in zip(missing, scores, strict=True)} | known
     return [row | {"test_accuracy": measured[row["choice"]]} for row in top]
-
-
-def choice_of(row: dict) -> Choice:
-    """The choice of a row as numbers."""
-    return tuple(map(int, row["choice"].split("-")))
 
 
 def statistics(rows: list[dict], images: int) -> dict:
@@ -391,9 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = draw(model, args.num_paths, stream(args.seed, "search"), low, high)
     if len(choices) < args.num_paths:
         log.info(f"only {len(choices)} architectures are within the limits: all of them are scored")
-    controls = [Candidate(i - len(NAMES), choice, CONTROL) for i, choice in enumerate(SINGLE_BLOCK_PATHS)]
-    candidates = controls + [Candidate(i, choice, 0) for i, choice in enumerate(choices)]
-    score_candidates(scorer, candidates, rows, folder / "paths.csv", args.seed)
+    wanted = candidates(SINGLE_BLOCK_PATHS, CONTROL, -len(NAMES)) + candidates(choices, 0, 0)
+    score_missing(scorer, wanted, rows, folder / "paths.csv", args.seed)
     rows = [row for row in rows if row["index"] < args.num_paths]
     report(folder, path, checkpoint, args, rows, Scorer(model, calibration, test, args.precision), data_dir)
 

@@ -62,12 +62,22 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
     return parse
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that both scripts have; help shows every default."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, unless there is none or it is that of a switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def new_parser(description: str, data_dir: str | None = "./data") -> argparse.ArgumentParser:
+    """A parser with the flags that both scripts have; help shows every default.
+
+    data_dir: its default; None stands for the folder that a checkpoint was trained on.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    where = "where the data set lies" + (" or is downloaded to" if data_dir else "; by default where training found it")
     seeds = number(int, 0, 2**32 - 1)
-    parser.add_argument("--data_dir", default="./data", help="where the data set lies or is downloaded to")
+    parser.add_argument("--data_dir", default=data_dir, help=where)
     precisions = "of the forward pass; BatchNorm's statistics, pooling, classifier and loss are fp32 always"
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=precisions)
     parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")

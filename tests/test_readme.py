@@ -1,0 +1,135 @@
+"""The README's commands parse, its files exist, and its quick start runs, shortened; the layout is what it says."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import random_search
+import supernet
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+INLINE = re.findall(r"`(python [^`]*)`", README)
+MODULES = {"supernet.py": supernet.build_parser, "random_search.py": lambda argv: random_search.build_parser()}
+
+
+def commands() -> list[list[str]]:
+    """Every python command of the README, split as a shell would."""
+    lines = re.split(r"\n|&&", BASH.replace("\\\n", " ")) + INLINE
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w[1:] for w in words if w and Path(w[0]).name == "python"]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] in MODULES], ids=" ".join)
+def test_every_command_parses(command: list[str]) -> None:
+    if "--help" in command:
+        with pytest.raises(SystemExit) as exit:
+            MODULES[command[0]](command[1:]).parse_args(command[1:])
+        assert exit.value.code == 0
+    else:
+        MODULES[command[0]](command[1:]).parse_args(command[1:])
+
+
+def test_the_readme_has_the_commands_that_it_promises() -> None:
+    found = [" ".join(command) for command in commands()]
+    for command in ("supernet.py --exp_name spos_cifar", "random_search.py --ckpt"):
+        assert command in found
+    assert sum(command[0] in MODULES for command in commands()) >= 7
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    (command,) = re.findall(r"^python3 -m venv .*pytest$", BASH, re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_linked_file_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert any(link.endswith(".png") for link in links)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_flag_stands_in_the_readme_and_has_help() -> None:
+    for parser in (supernet.build_parser([]), random_search.build_parser()):
+        for action in parser._actions:
+            assert action.help
+            assert any(flag in README for flag in action.option_strings) or "-h" in action.option_strings
+
+
+def test_the_quick_start_runs(tmp_path: Path) -> None:
+    """Its two python commands as they stand, but with one epoch of 8-pixel images and 6 paths."""
+    quick = BASH.split("-m pytest")[0].split("python3 -m venv")[1]
+    train, search = (re.search(rf"{name} .*", quick)[0].removesuffix(" &&") for name in MODULES)
+    assert "--num_paths 100" in search and "--dataset digits" in train
+    short = [f"{train} --epochs 1 --image_size 8", search.replace("100", "6")]
+    for command in short:
+        script, *flags = shlex.split(command)
+        result = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert (tmp_path / "runs/digits/search/histogram.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "runs/digits/search/search.json").read_text())["choice"].split("-")) == 20
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this repository that a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    ours = {"blocks", "model", "utils", "supernet", "random_search", "data", "img", "matplotlib"}
+    return {name.split(".")[0] for name in names} & ours
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        ("blocks.py", set()),
+        ("utils.py", set()),
+        ("model.py", {"blocks"}),
+        ("supernet.py", {"data", "img", "model", "utils"}),
+        ("random_search.py", {"data", "img", "model", "utils"}),
+        ("data/datasets.py", {"utils"}),
+        ("data/augment.py", {"data"}),
+        ("data/loaders.py", {"data", "utils"}),
+        ("img/plots.py", {"matplotlib"}),
+    ],
+)
+def test_data_flows_one_way(file: str, allowed: set[str]) -> None:
+    assert imports(ROOT / file) <= allowed
+
+
+def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:
+    """pytorch/pytorch#5858: no parsing, printing or files, whatever the program's own arguments are."""
+    code = "import sys; sys.argv = ['x', '--foreign']; import supernet, random_search"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    """The whole way to the shell, for both scripts."""
+    for command in (["supernet.py", "--choice", "1-2"], ["random_search.py", "--ckpt", "no/last.pth"]):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / command[0]), *command[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 1 and result.stdout == ""
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
