@@ -160,10 +160,8 @@ class Supernet(nn.Module):
         """
         if min_flops is None and max_flops is None:
             return tuple(options[rng.randrange(len(options))] for options in self.options)
-        count = self.count_choices(min_flops, max_flops)
-        if not count:
-            raise ValueError(f"no architecture has between {min_flops} and {max_flops} multiply-adds")
-        return self.nth_choice(rng.randrange(count), min_flops, max_flops)
+        self.require_choices(min_flops, max_flops)
+        return self.nth_choice(rng.randrange(self.count_choices(min_flops, max_flops)), min_flops, max_flops)
 
     def count_choices(self, min_flops: int | None = None, max_flops: int | None = None) -> int:
         """How many architectures have from min_flops to max_flops multiply-adds (None: no limit)."""
@@ -184,11 +182,23 @@ class Supernet(nn.Module):
             spent += costs[layer][number]
         return tuple(choice)
 
-    def flops_beside(self, limit: int) -> tuple[int | None, int | None]:
+    def flops_beside(self, limit: float) -> tuple[int | None, int | None]:
         """The largest attainable cost below `limit` and the smallest at or above it, None where there is none."""
         fixed, sums = self._costs[0], self._sums[0][0]
         i = bisect_left(sums, limit - fixed)
         return (fixed + sums[i - 1] if i else None), (fixed + sums[i] if i < len(sums) else None)
+
+    def require_choices(self, min_flops: int | None, max_flops: int | None) -> None:
+        """Raises ValueError, which says what can be had, if no architecture is within the limits."""
+        if self.count_choices(min_flops, max_flops):
+            return
+        low, high = self.flops_beside(-math.inf)[1], self.flops_beside(math.inf)[0]
+        limits = [limit for limit in (min_flops, max_flops) if limit is not None]
+        beside = {cost / 1e6 for limit in limits for cost in self.flops_beside(limit) if cost}
+        raise ValueError(
+            f"no architecture has {' to '.join(str(limit / 1e6) for limit in limits)} million multiply-adds; the space "
+            f"goes from {low / 1e6} to {high / 1e6}, next to the limits there are {', '.join(map(str, sorted(beside)))}"
+        )
 
     @cached_property
     def _costs(self) -> tuple[int, list[dict[int, int]]]:

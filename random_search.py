@@ -32,6 +32,7 @@ from utils import (
     duration,
     load_checkpoint,
     log,
+    make_folder,
     memory_format,
     new_parser,
     number,
@@ -182,14 +183,10 @@ def load_supernet(path: Path, checkpoint: dict) -> Supernet:
 def flops_limits(model: Supernet, args: argparse.Namespace) -> tuple[int | None, int | None]:
     """The limits as multiply-adds; raises UserError, with what can be had, if no architecture meets them."""
     low, high = (None if limit is None else round(limit * 1e6) for limit in (args.min_flops, args.max_flops))
-    if not model.count_choices(low, high):
-        least, most = model.flops_beside(0)[1], model.flops_beside(2**62)[0]
-        beside = {value for limit in (low, high) if limit is not None for value in model.flops_beside(limit) if value}
-        raise UserError(
-            f"no architecture has from {args.min_flops or 0} to {args.max_flops or math.inf} million multiply-adds; "
-            f"the space goes from {least / 1e6} to {most / 1e6}, and next to the limits there are "
-            f"{', '.join(str(value / 1e6) for value in sorted(beside))}"
-        )
+    try:
+        model.require_choices(low, high)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return low, high
 
 
@@ -201,23 +198,18 @@ def draw(model: Supernet, count: int, rng: random.Random, low: int | None, high:
     return list(drawn)
 
 
-def prepare_folder(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Makes the search's folder; raises UserError if it holds a search with other settings."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            delete_files(folder, SEARCH_FILES)
-        if (folder / "args.json").exists():
-            advice = "take another --search_dir, or --overwrite to delete the record"
-            refuse_changes(read_json(folder / "args.json"), settings, f"the search in {folder}", advice)
-        elif (folder / "paths.csv").exists():
-            raise UserError(
-                f"{folder}/paths.csv has no args.json beside it that says what it is; --overwrite deletes it"
-            )
-        write_json(folder / "args.json", settings)
-        open_log(folder / "log.txt")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose another --search_dir") from None
+def check_folder(folder: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the search's folder; raises UserError if it holds a record that these settings would not go on with."""
+    make_folder(folder, "--search_dir")
+    if overwrite:
+        return
+    if (folder / "args.json").exists():
+        advice = "take another --search_dir, or --overwrite to delete the record"
+        refuse_changes(read_json(folder / "args.json"), settings, f"the search in {folder}", advice)
+    elif (folder / "paths.csv").exists():
+        raise UserError(
+            f"{folder / 'paths.csv'} has no args.json beside it that says what it is; --overwrite deletes it"
+        )
 
 
 def candidates(choices: Sequence[Choice], generation: int, first: int) -> list[dict]:
@@ -358,14 +350,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
     settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
-    prepare_folder(folder, settings, args.overwrite)
-    rows = recover_csv(folder / "paths.csv", COLUMNS)
+    check_folder(folder, settings, args.overwrite)
 
     data_dir = args.data_dir or trained["data_dir"]
-    log.info(f"supernet    {path}, {checkpoint['epoch']} epochs on {facts['name']}")
-    log.info(f"device      {describe_device(device)}, {args.precision}")
+    open_log(None)
     dataset = load_dataset(facts["name"], data_dir, facts["image_size"], args.workers)
-    refuse_changes(facts, dataset.facts(), f"the data set that {path} was trained on", "point --data_dir to it")
+    dataset.adopt(facts, str(path))
+    if args.overwrite:
+        delete_files(folder, SEARCH_FILES)
+    open_log(folder / "log.txt")
+    write_json(folder / "args.json", settings)
+    rows = recover_csv(folder / "paths.csv", COLUMNS)
+    log.info(f"supernet     {path}, {checkpoint['epoch']} epochs on {facts['name']}")
+    log.info(f"device       {describe_device(device)}, {args.precision}")
     model = model.to(device, memory_format=memory_format(device))
     calibration = calibration_images(dataset, args.calibration_images)
     if calibration is not None:

@@ -29,6 +29,7 @@ from utils import (
     explicit_flags,
     load_checkpoint,
     log,
+    make_folder,
     memory_format,
     new_parser,
     number,
@@ -216,7 +217,7 @@ def check_finite(losses: list[torch.Tensor], epoch: int) -> None:
 def evaluate(model: Supernet, batches: Batches, paths: Sequence[Choice]) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy in percent with the running statistics, batch i through paths[i]."""
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=batches.device)
+    totals = torch.zeros(3, device=batches.device)
     for (x, y), choice in zip(batches, paths, strict=True):
         logits = model(x, choice)
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
@@ -231,21 +232,14 @@ def random_paths(model: Supernet, batches: Batches, seed: int) -> list[Choice]:
     return [model.sample_choice(rng) for _ in range(len(batches))]
 
 
-def prepare_folder(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Makes the run's folder, empty of old files unless a run goes on; raises UserError rather than overwrite one."""
+def check_folder(folder: Path, args: argparse.Namespace) -> None:
+    """Makes the run's folder; raises UserError if it cannot, or if a run is there that nobody asked to touch."""
     kept = [folder / name for name in ("last.pth", "metrics.csv", "result.json") if (folder / name).exists()]
     if kept and not (args.resume or args.overwrite):
         raise UserError(
             f"{kept[0]} exists: --resume goes on with that run, --overwrite deletes it, or take another --exp_name"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            delete_files(folder, RUN_FILES)
-            delete_files(folder / "search", SEARCH_FILES)
-        open_log(folder / "log.txt")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose another --out_dir") from None
+    make_folder(folder, "--out_dir")
 
 
 def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> dict[str, Batches]:
@@ -277,46 +271,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
     device = pick_device(args.device)
-    prepare_folder(folder, args, checkpoint)
-    if args.resume and checkpoint is None:
-        log.info(f"nothing to resume in {folder}: beginning anew")
+    check_folder(folder, args)
+    open_log(folder / "log.txt" if checkpoint else None)
     rows = checkpoint["metrics"] if checkpoint else []
     if len(rows) == args.epochs and (args.choice is None or (folder / "result.json").exists()):
         log.info(f"{folder} is complete: {args.epochs} epochs")
         return
 
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
+    if checkpoint:
+        dataset.adopt(checkpoint["data"], f"{folder / 'last.pth'}")
     data = load_batches(dataset, args, device)
     model = build_model(dataset, args, device)
     optimizer = build_optimizer(model, args)
-    if checkpoint:
-        refuse_changes(
-            checkpoint["data"], dataset.facts(), f"the data set of {folder}", "point --data_dir to the same data"
-        )
+    if checkpoint is None:
+        delete_files(folder, RUN_FILES)
+        delete_files(folder / "search", SEARCH_FILES)
+        open_log(folder / "log.txt")
+        if args.resume:
+            log.info(f"nothing to resume in {folder}: beginning anew")
+    else:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         log.info(f"resuming after epoch {len(rows)}")
     describe(dataset, data, model, device)
     write_json(folder / "args.json", vars(args) | {"torch": torch.__version__, "device_name": describe_device(device)})
-
-    begun = len(rows)
-    start = time.time()
-    while len(rows) < args.epochs:
-        row = run_epoch(model, data, optimizer, args, len(rows))
-        rows.append(row)
-        facts = {"epoch": len(rows), "args": vars(args), "data": dataset.facts(), "metrics": rows}
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(folder / "last.pth", state | facts)
-        write_csv(folder / "metrics.csv", rows, METRICS)
-        left = (time.time() - start) / (len(rows) - begun) * (args.epochs - len(rows))
-        log.info(epoch_line(row, args, left))
-    validated_on = "random paths, search split" if args.choice is None else "search split"
-    plot_training(rows, folder / "training.png", validated_on)
+    train(model, data, optimizer, args, rows, dataset.facts())
     if args.choice:
         write_result(folder, model, data, args)
     log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
     if args.choice is None:
         log.info(f"next: python random_search.py --ckpt {folder / 'last.pth'}")
+
+
+def train(
+    model: Supernet,
+    data: dict[str, Batches],
+    optimizer: torch.optim.SGD,
+    args: argparse.Namespace,
+    rows: list[dict],
+    facts: dict,
+) -> None:
+    """The epochs that `rows` does not have yet; each one ends with its row, a checkpoint and a line of the log."""
+    folder = Path(args.out_dir, args.exp_name)
+    start, begun = time.time(), len(rows)
+    while len(rows) < args.epochs:
+        rows.append(run_epoch(model, data, optimizer, args, len(rows)))
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"epoch": len(rows), "args": vars(args), "data": facts, "metrics": rows}
+        save_checkpoint(folder / "last.pth", state)
+        write_csv(folder / "metrics.csv", rows, METRICS)
+        if len(rows) % max(1, args.epochs // 50) == 0 or len(rows) == args.epochs:
+            plot_training(rows, folder / "training.png", validated_on(args))
+        left = (time.time() - start) / (len(rows) - begun) * (args.epochs - len(rows))
+        log.info(f"{epoch_line(rows[-1], args)}  left {duration(left)}")
+
+
+def validated_on(args: argparse.Namespace) -> str:
+    """What the validation columns are about: a supernet's are a sign of progress and no score of anything."""
+    return "random paths" if args.choice is None else "search split"
 
 
 def run_epoch(
@@ -333,14 +346,13 @@ def run_epoch(
     return row | {"seconds": round(time.time() - start, 3)}
 
 
-def epoch_line(row: dict, args: argparse.Namespace, left: float) -> str:
+def epoch_line(row: dict, args: argparse.Namespace) -> str:
     """The epoch's line of the log."""
     line = f"epoch {row['epoch']:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
     line += f"  train loss {row['train_loss']:.4f} top-1 {row['train_acc']:5.2f}%"
     if row["val_acc"] is not None:
-        name = "random paths" if args.choice is None else "search split"
-        line += f"  {name} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
-    return f"{line}  {duration(row['seconds'])}  left {duration(left)}"
+        line += f"  {validated_on(args)} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
+    return f"{line}  {duration(row['seconds'])}"
 
 
 def write_result(folder: Path, model: Supernet, data: dict[str, Batches], args: argparse.Namespace) -> None:

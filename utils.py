@@ -152,13 +152,26 @@ def delete_files(folder: Path, names: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def open_log(path: Path) -> None:
-    """Sends the log to standard output and to the end of a file."""
+def make_folder(folder: Path, flag: str) -> None:
+    """Makes a folder to write to; raises UserError, which names the flag that chooses another one, if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".tmp").touch()
+        (folder / ".tmp").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); choose another {flag}") from None
+
+
+def open_log(path: Path | None) -> None:
+    """Sends the log to standard output and, if there is a path, to the end of that file."""
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")):
+    handlers = [logging.StreamHandler(sys.stdout)]
+    if path:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
 

@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
-from utils import UserError, log
+from utils import UserError, log, refuse_changes
 
 # The largest images that are decoded once and kept on the device, and how much room they may take there.
 RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
@@ -77,6 +77,17 @@ class Dataset:
         """What a checkpoint keeps of it, as plain data: all that is needed to use the network on new images."""
         names = "name", "image_size", "classes", "mean", "std"
         return {name: getattr(self, name) for name in names} | {"images": [len(self.train), len(self.search)]}
+
+    def adopt(self, facts: dict, checkpoint: str) -> None:
+        """Takes over mean and std from a checkpoint's facts; raises UserError if it was trained on other data."""
+
+        def compared(facts: dict) -> dict:
+            numbered = {f"class {i}": name for i, name in enumerate(facts["classes"])}
+            return {name: facts[name] for name in ("name", "image_size", "images")} | numbered
+
+        advice = "point --data_dir to the data that it was trained on"
+        refuse_changes(compared(facts), compared(self.facts()), f"the data of {checkpoint}", advice)
+        self.mean, self.std = facts["mean"], facts["std"]
 
 
 def load_dataset(name: str, data_dir: str, image_size: int, workers: int = 0) -> Dataset:

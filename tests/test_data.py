@@ -754,3 +754,15 @@ def test_streamed_augmentation_repeats_in_no_worker_and_no_epoch(tmp_path):
     batches = Batches(dataset, dataset.train + dataset.search, 2, CPU, workers=2)
     drawn = torch.cat([images for epoch in range(2) for images, _ in batches.epoch(0, epoch)])
     assert len(drawn.unique(dim=0)) == len(drawn) == 16
+
+
+def test_a_checkpoints_normalisation_is_adopted_and_other_data_refused() -> None:
+    """Decoders differ in the last bit from machine to machine, so mean and std come from the checkpoint."""
+    dataset = load_dataset("digits", "", 16)
+    facts = dataset.facts() | {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    dataset.adopt(facts, "x.pth")
+    assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    with pytest.raises(UserError, match=r"x\.pth has class 3 three, this command 3"):
+        dataset.adopt(facts | {"classes": ["0", "1", "2", "three", *"456789"]}, "x.pth")
+    with pytest.raises(UserError, match=r"images \[1, 2\], this command \[1197, 300\]"):
+        dataset.adopt(facts | {"images": [1, 2]}, "x.pth")
