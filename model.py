@@ -193,11 +193,12 @@ class Supernet(nn.Module):
         if self.count_choices(min_flops, max_flops):
             return
         low, high = self.flops_beside(-math.inf)[1], self.flops_beside(math.inf)[0]
-        limits = [limit for limit in (min_flops, max_flops) if limit is not None]
-        beside = {cost / 1e6 for limit in limits for cost in self.flops_beside(limit) if cost}
+        limits = {"at least": min_flops, "at most": max_flops}
+        asked = " and ".join(f"{word} {limit / 1e6}" for word, limit in limits.items() if limit is not None)
+        beside = {c / 1e6 for limit in limits.values() if limit is not None for c in self.flops_beside(limit) if c}
         raise ValueError(
-            f"no architecture has {' to '.join(str(limit / 1e6) for limit in limits)} million multiply-adds; the space "
-            f"goes from {low / 1e6} to {high / 1e6}, next to the limits there are {', '.join(map(str, sorted(beside)))}"
+            f"no architecture has {asked} million multiply-adds; the space goes from {low / 1e6} to {high / 1e6}, "
+            f"next to the limits there are {', '.join(map(str, sorted(beside)))}"
         )
 
     @cached_property
