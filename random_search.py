@@ -240,9 +240,9 @@ def score_missing(scorer: Scorer, wanted: list[dict], rows: list[dict], record: 
         rows += new
         done += len(group)
         pace = (time.time() - start) / done
-        top = max((row["accuracy"] for row in ranked(rows)), default=math.nan)
         left = duration(pace * (len(todo) - done))
-        log.info(f"group {i}/{len(groups)}  {len(rows)} paths  best {top:.2f}%  {pace:.2f}s a path  left {left}")
+        top = f"{ranked(rows)[0]['accuracy']:.2f}%" if ranked(rows) else "none yet"
+        log.info(f"group {i}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
     rows.sort(key=lambda row: row["index"])
 
 

@@ -185,8 +185,8 @@ def main() -> None:
             rows = list(csv.DictReader(file))
         if rows and "train_loss" in rows[0]:
             plot_training(rows, path.with_name("training.png"), "search split")
-        elif rows and "half_accuracy" in rows[0]:
-            plot_search(rows, path.parent, args.split)
+        elif rows and "half_accuracy" in rows[0]:  # the file has them in the order in which they were scored
+            plot_search(sorted(rows, key=lambda row: int(row["index"])), path.parent, args.split)
         else:
             raise SystemExit(f"error: {path} is neither a paths.csv nor a metrics.csv with rows")
 
