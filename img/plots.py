@@ -85,6 +85,7 @@ def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
     accuracies = np.array(_values(fair, "accuracy"))
     figure, axis = _axes()
     counts, _, _ = axis.hist(accuracies, bins=min(30, max(5, len(fair) // 8)), color=BLUE, alpha=0.75)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     top = counts.max()
     axis.axvline(np.median(accuracies), color="black", linestyle="--", label=f"median {np.median(accuracies):.2f}%")
     axis.axvline(accuracies.max(), color=ORANGE, label=f"best {accuracies.max():.2f}%")
