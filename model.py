@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, Block, pointwise
+from blocks import CANDIDATES, Block, Chain, pointwise
 
 Choice = tuple[int, ...]
 
@@ -57,7 +57,7 @@ class Supernet(nn.Module):
         if choice is not None:
             self.options = [[number] for number in self.check(choice)]
         stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
-        self.stem = nn.Sequential(
+        self.stem = Chain(
             nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(STEM_CHANNELS, affine=affine),
             nn.ReLU(inplace=True),
@@ -69,7 +69,7 @@ class Supernet(nn.Module):
             names = [NAMES[number] for number in self.options[i]]
             self.layers.append(nn.ModuleDict({name: Block(*shape, **CANDIDATES[name]) for name in names}))
             in_channels = out_channels
-        self.last = nn.Sequential(*pointwise(in_channels, LAST_CHANNELS, affine))
+        self.last = Chain(*pointwise(in_channels, LAST_CHANNELS, affine))
         self.head = Head(num_classes)
         self._initialise()
 
@@ -101,8 +101,14 @@ class Supernet(nn.Module):
         """(N, 3, image_size, image_size) -> logits (N, classes) of the path `choice`."""
         return self.path(choice)(x)
 
+    def fold(self, folded: bool) -> None:
+        """Whether eval mode computes BatchNorm within the convolution before it, see blocks.Chain; no result changes."""
+        for module in self.modules():
+            if isinstance(module, Chain):
+                module.folded = folded
+
     def walk(self, x: Tensor, choices: Sequence[Choice], enter: Callable[[nn.Module, tuple], None]) -> Iterator[Tensor]:
-        """The logits of many paths for one batch, in the order of `choices`, with equal beginnings computed once.
+        """What many paths give the head for one batch, in the order of `choices`; equal beginnings are computed once.
 
         Neighbours share what they have in common, so sort the choices; they must differ. Before a module computes,
         `enter` is called with it and with a key (depth, the choice's numbers so far) that names the network up to and
@@ -113,11 +119,11 @@ class Supernet(nn.Module):
             differs = (i for i, (a, b) in enumerate(zip(previous, choice, strict=False)) if a != b)
             shared = next(differs, len(previous))
             del outputs[1 + shared :]  # those of the stem and of the shared blocks stay
-            *body, head = self.path(choice)
+            body = self.path(choice)[:-1]
             for depth in range(len(outputs), len(body)):
                 enter(body[depth], (depth, choice[:depth]))
                 outputs.append(body[depth](outputs[-1] if outputs else x))
-            yield head(outputs[-1])
+            yield outputs[-1]
             previous = choice
 
     def load_path(self, state: dict[str, Tensor], choice: Sequence[int]) -> None:

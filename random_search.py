@@ -91,6 +91,7 @@ class Scorer:
         }
         for norm in chain(*self.norms.values()):
             norm.num_batches_tracked = None  # else every BatchNorm counts its calls, on the device
+        model.fold(scored.device.type == "cpu")
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
@@ -132,7 +133,7 @@ class Scorer:
         self.model.eval()
         sums, start = [], 0
         for x, y in self.scored:
-            logits = torch.stack(list(self.model.walk(x, choices, enter)))
+            logits = torch.stack([self.model.head(features) for features in self.model.walk(x, choices, enter)])
             sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
             start += len(y)
         totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import ctypes
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[list[str] | None], None]) -> None:
     """Runs a script's main; turns a UserError into one line and exit code 1, Ctrl-C into exit code 130."""
+    keep_freed_memory()
     try:
         main(None)
     except UserError as error:
@@ -42,6 +44,20 @@ def run_script(main: Callable[[list[str] | None], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse large blocks instead of handing them back to the kernel after every layer.
+
+    Getting them back page by page took a quarter of the time of a search on a CPU. Does nothing without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**30)
 
 
 # Flags

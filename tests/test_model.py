@@ -392,6 +392,24 @@ def test_limits_the_wrong_way_round_are_met_by_nothing(small: Supernet) -> None:
 # Walking many paths
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_folding_changes_no_logits_and_no_training(affine: bool) -> None:
+    model, choice = build(10, 16, affine=affine), draw(1)[0]
+    rng = torch.Generator().manual_seed(1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for tensor in (norm.running_mean, norm.running_var, *norm.parameters()):
+            tensor.data.uniform_(0.5, 2, generator=rng)
+    x, called = images(8, 16), []
+    model.layers[0][NAMES[choice[0]]].main[1].register_forward_hook(lambda *_: called.append(1))
+    for mode in (True, False):
+        results = []
+        for folded in (False, True):
+            model.train(mode).fold(folded)
+            results.append(model(x, choice))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert len(called) == 3  # in eval mode, folded, BatchNorm itself computes nothing
+
+
 def neighbours() -> list[tuple[int, ...]]:
     """Sorted, with common beginnings of every length from 0 to 19."""
     rng, first = random.Random(5), draw(1)[0]
@@ -399,12 +417,13 @@ def neighbours() -> list[tuple[int, ...]]:
     return sorted({first, *changed, *draw(9, seed=6)})
 
 
-def test_walking_gives_each_path_its_own_logits(small: Supernet) -> None:
+def test_walking_gives_each_path_what_it_gives_its_own_head(small: Supernet) -> None:
     x, choices = images(2, 16), neighbours()
     with torch.inference_mode():
         walked = list(small.walk(x, choices, lambda *_: None))
         assert len(walked) == len(choices) == 30
-        assert all(torch.equal(logits, small(x, choice)) for logits, choice in zip(walked, choices, strict=True))
+        for features, choice in zip(walked, choices, strict=True):
+            assert torch.equal(small.head(features), small(x, choice))
 
 
 def test_walking_enters_each_beginning_once_and_in_order(small: Supernet) -> None:
