@@ -28,6 +28,19 @@ NAMES = list(CANDIDATES)
 SINGLE_BLOCK_PATHS = [(number,) * LAYERS for number in range(len(NAMES))]
 
 
+def mutate(choice: Choice, probability: float, rng: random.Random) -> Choice:
+    """Each number, with that probability, becomes one of the other three (Guo et al., section 3.4)."""
+    others = [[other for other in range(len(NAMES)) if other != number] for number in choice]
+    return tuple(
+        rng.choice(rest) if rng.random() < probability else number for number, rest in zip(choice, others, strict=True)
+    )
+
+
+def crossover(first: Choice, second: Choice, rng: random.Random) -> Choice:
+    """Each number comes from one of the two (Guo et al., section 3.4)."""
+    return tuple(rng.choice(pair) for pair in zip(first, second, strict=True))
+
+
 class Head(nn.Module):
     """Global average pooling and the classifier, in fp32 under autocast too: (N, C, H, W) -> (N, classes)."""
 
@@ -102,7 +115,7 @@ class Supernet(nn.Module):
         return self.path(choice)(x)
 
     def fold(self, folded: bool) -> None:
-        """Whether eval mode computes BatchNorm within the convolution before it, see blocks.Chain; no result changes."""
+        """Whether eval mode computes BatchNorm within the convolution before it; see blocks.Chain."""
         for module in self.modules():
             if isinstance(module, Chain):
                 module.folded = folded
@@ -168,6 +181,50 @@ class Supernet(nn.Module):
             return tuple(options[rng.randrange(len(options))] for options in self.options)
         self.require_choices(min_flops, max_flops)
         return self.nth_choice(rng.randrange(self.count_choices(min_flops, max_flops)), min_flops, max_flops)
+
+    def sample_choices(self, rng: random.Random, count: int, low: int | None, high: int | None) -> list[Choice]:
+        """That many different architectures within the limits, uniformly, or all of them if there are fewer."""
+        drawn: dict[Choice, None] = {}
+        while len(drawn) < min(count, self.count_choices(low, high)):
+            drawn[self.sample_choice(rng, low, high)] = None
+        return list(drawn)
+
+    def breed(
+        self,
+        parents: Sequence[Choice],
+        taken: set[Choice],
+        count: int,
+        mutation_prob: float,
+        rng: random.Random,
+        min_flops: int | None = None,
+        max_flops: int | None = None,
+    ) -> list[Choice]:
+        """A generation of `count` architectures that are within the limits and not `taken`; so many must be left.
+
+        Half by mutation, half by crossover of two different parents, with 10 tries a child as in the official code;
+        random draws for those that failed (Guo et al., section 3.4).
+        """
+        children: dict[Choice, None] = {}
+
+        def add(make: Callable[[], Choice], wanted: int) -> None:
+            for _ in range(wanted):
+                for child in (make() for _ in range(10)):
+                    if child not in taken and child not in children and self.within(child, min_flops, max_flops):
+                        children[child] = None
+                        break
+
+        if parents:
+            add(lambda: mutate(rng.choice(parents), mutation_prob, rng), count // 2)
+        if len(parents) > 1:
+            add(lambda: crossover(*rng.sample(parents, 2), rng), count - count // 2)
+        while len(children) < count:
+            add(lambda: self.sample_choice(rng, min_flops, max_flops), 1)
+        return list(children)
+
+    def within(self, choice: Sequence[int], min_flops: int | None, max_flops: int | None) -> bool:
+        """Whether an architecture meets the limits."""
+        low, high = _bounds(min_flops, max_flops)
+        return low <= self.flops(choice) <= high
 
     def count_choices(self, min_flops: int | None = None, max_flops: int | None = None) -> int:
         """How many architectures have from min_flops to max_flops multiply-adds (None: no limit)."""
@@ -244,6 +301,22 @@ class Supernet(nn.Module):
         """How many ways there are to go on from `layer` so that the whole path costs from `low` to `high`."""
         sums, fewer = self._sums[layer]
         return max(0, fewer[bisect_right(sums, high - spent)] - fewer[bisect_left(sums, low - spent)])
+
+
+class Classifier(nn.Module):
+    """A path with the normalisation inside: uint8 (N, 3, S, S) -> logits (N, classes).
+
+    mean, std: per channel, for values from 0 to 1.
+    """
+
+    def __init__(self, path: nn.Sequential, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.path = path
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.path((images.float() / 255 - self.mean) / self.std)
 
 
 def _bounds(min_flops: int | None, max_flops: int | None) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Scores architectures with a trained supernet's weights, each with BatchNorm statistics of its own.
 
-Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's statistics are recomputed for it on
-training images. Paths that begin alike share that work.
+Guo et al., arXiv 1904.00420, section 3.4: before a path is scored, BatchNorm's statistics are recomputed for it on
+training images. Paths that begin alike share that work. Random search, and with --generations evolution beside it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.datasets import IMAGE_SIZES, Dataset, Split, load_dataset
+from data.datasets import IMAGE_SIZES, calibration_images, load_dataset
 from data.loaders import Batches
 from img.plots import plot_search, ranking
 from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet
@@ -30,11 +30,12 @@ from utils import (
     delete_files,
     describe_device,
     duration,
-    load_checkpoint,
+    load_supernet,
     log,
     make_folder,
     memory_format,
     new_parser,
+    newest_supernet,
     number,
     open_log,
     pick_device,
@@ -53,6 +54,7 @@ COLUMNS |= {"flops_m": float, "params_m": float, "generation": int}
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
 GROUP = 50  # paths that are scored together and recorded together
 CONTROL = -1  # the generation of the four single-block networks
+EVOLUTION = "population", "parents", "mutation_prob"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,10 +68,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=number(int, 1), default=250, help="images a step when scoring; changes no score")
     add("--min_flops", type=number(float, 0), help="smallest architecture, in millions of multiply-adds")
     add("--max_flops", type=number(float, 0), help="largest architecture, in millions of multiply-adds")
+    add("--generations", type=number(int, 0), default=0, help="of evolution, which begins with the first random paths")
+    add("--population", type=number(int, 2), default=50, help="architectures of a generation")
+    add("--parents", type=number(int, 2), default=10, help="best architectures so far, from which a generation is bred")
+    add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="of each layer of a mutated child")
     add("--top_k", type=number(int, 1), default=10, help="best architectures that are measured on the test images")
     add("--split", choices=("search", "test"), default="search", help="images that score; test is biased, see README")
     add("--overwrite", action="store_true", help="delete what an earlier search left, and begin anew")
     return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The search's settings; a generation that could not be bred is a usage error."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.generations and not args.parents <= args.population <= args.num_paths:
+        parser.error("evolution needs --parents at most --population, and that at most --num_paths")
+    return args
 
 
 # For each node of the tree of paths, mean and variance of every BatchNorm in it.
@@ -148,26 +163,7 @@ def batch_sums(logits: Tensor, labels: Tensor, first_half: Tensor) -> Tensor:
     return torch.stack((hits.sum(1), (hits & first_half).sum(1), loss.sum(1)), dim=1)
 
 
-def find_checkpoint(given: str | None) -> tuple[Path, dict]:
-    """The supernet's checkpoint and its path: the one that was given, else the newest one below runs/.
-
-    Raises UserError if there is none, or if it is a single architecture.
-    """
-    if given is not None:
-        checkpoint = load_checkpoint(Path(given))
-        if checkpoint["args"]["choice"] is not None:
-            raise UserError(f"{given} holds the single architecture {checkpoint['args']['choice']}, not a supernet")
-        return Path(given), checkpoint
-    newest = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in newest:
-        checkpoint = load_checkpoint(path)
-        if checkpoint["args"]["choice"] is None:
-            return path, checkpoint
-        print(f"passing over {path}, which is newer: it holds a single architecture")
-    raise UserError("no supernet in runs/*/last.pth; train one with `python supernet.py`, or name one with --ckpt PATH")
-
-
-def load_supernet(path: Path, checkpoint: dict) -> Supernet:
+def build_supernet(path: Path, checkpoint: dict) -> Supernet:
     """The supernet of a checkpoint; raises UserError if its weights do not fit."""
     facts = checkpoint["data"]
     model = Supernet(len(facts["classes"]), facts["image_size"])
@@ -191,33 +187,31 @@ def flops_limits(model: Supernet, args: argparse.Namespace) -> tuple[int | None,
     return low, high
 
 
-def draw(model: Supernet, count: int, rng: random.Random, low: int | None, high: int | None) -> list[Choice]:
-    """That many different architectures within the limits, uniformly, or all of them if there are fewer."""
-    drawn: dict[Choice, None] = {}
-    while len(drawn) < min(count, model.count_choices(low, high)):
-        drawn[model.sample_choice(rng, low, high)] = None
-    return list(drawn)
+def check_folder(folder: Path, settings: dict, overwrite: bool) -> dict:
+    """Makes the search's folder; returns the settings of its record, with those of an evolution that began earlier.
 
-
-def check_folder(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Makes the search's folder; raises UserError if it holds a record that these settings would not go on with."""
+    Raises UserError if it holds a record that these settings would not go on with.
+    """
     make_folder(folder, "--search_dir")
     if overwrite:
-        return
+        return settings
     if (folder / "args.json").exists():
+        before = read_json(folder / "args.json")
+        begun = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
         advice = "take another --search_dir, or --overwrite to delete the record"
-        refuse_changes(read_json(folder / "args.json"), settings, f"the search in {folder}", advice)
-    elif (folder / "paths.csv").exists():
+        refuse_changes(before, begun, f"the search in {folder}", advice)
+        return before | settings
+    if (folder / "paths.csv").exists():
         raise UserError(
             f"{folder / 'paths.csv'} has no args.json beside it that says what it is; --overwrite deletes it"
         )
+    return settings
 
 
-def candidates(choices: Sequence[Choice], generation: int, first: int) -> list[dict]:
-    """The beginnings of rows of paths.csv, with indices from `first` on."""
+def candidates(choices: Sequence[Choice], generation: int) -> list[dict]:
+    """The beginnings of rows of paths.csv; an index counts within its generation."""
     return [
-        {"index": first + i, "choice": "-".join(map(str, choice)), "generation": generation}
-        for i, choice in enumerate(choices)
+        {"index": i, "choice": "-".join(map(str, choice)), "generation": generation} for i, choice in enumerate(choices)
     ]
 
 
@@ -226,10 +220,15 @@ def choice_of(row: dict) -> Choice:
     return tuple(map(int, row["choice"].split("-")))
 
 
-def score_missing(scorer: Scorer, wanted: list[dict], rows: list[dict], record: Path, seed: int) -> None:
-    """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group."""
-    known = {row["index"] for row in rows}
-    todo = sorted((row for row in wanted if row["index"] not in known), key=choice_of)
+def score_missing(
+    scorer: Scorer, wanted: list[dict], rows: list[dict], record: Path, seed: int, later: int = 0
+) -> None:
+    """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group.
+
+    later: how many more paths will be asked for, for the time that is left.
+    """
+    known = {(row["generation"], row["choice"]) for row in rows}
+    todo = sorted((row for row in wanted if (row["generation"], row["choice"]) not in known), key=choice_of)
     groups = [todo[i : i + GROUP] for i in range(0, len(todo), GROUP)]
     stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
     start, done = time.time(), 0
@@ -241,10 +240,32 @@ def score_missing(scorer: Scorer, wanted: list[dict], rows: list[dict], record: 
         rows += new
         done += len(group)
         pace = (time.time() - start) / done
-        left = duration(pace * (len(todo) - done))
+        left = duration(pace * (len(todo) - done + later))
         top = f"{ranked(rows)[0]['accuracy']:.2f}%" if ranked(rows) else "none yet"
-        log.info(f"group {i}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
-    rows.sort(key=lambda row: row["index"])
+        generation = f"generation {group[0]['generation']}  " if group[0]["generation"] > 0 else ""
+        log.info(f"{generation}group {i}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
+    rows.sort(key=lambda row: (row["generation"], row["index"]))
+
+
+def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
+    """Breeds and scores the generations that the record lacks (Guo et al., section 3.4)."""
+    for generation in range(1, args.generations + 1):
+        earlier = [row for row in rows if row["generation"] < generation]
+        taken = {choice_of(row) for row in earlier}
+        left = scorer.model.count_choices(*limits) - sum(scorer.model.within(choice, *limits) for choice in taken)
+        if left < args.population:
+            log.info(f"evolution ends before generation {generation}: only {left} new architectures are left")
+            return
+        parents = [choice_of(row) for row in ranked(evolving(earlier, args.population))[: args.parents]]
+        rng = stream(args.seed, f"generation {generation}")
+        children = scorer.model.breed(parents, taken, args.population, args.mutation_prob, rng, *limits)
+        later = (args.generations - generation) * args.population
+        score_missing(scorer, candidates(children, generation), rows, record, args.seed, later)
+
+
+def evolving(rows: list[dict], population: int) -> list[dict]:
+    """The rows that evolution counts as its own: the first random draws and all children."""
+    return [row for row in rows if row["generation"] > 0 or (row["generation"] == 0 and row["index"] < population)]
 
 
 def describe(choice: Choice, accuracy: float, half_accuracy: float, loss: float, model: Supernet) -> dict:
@@ -254,9 +275,9 @@ def describe(choice: Choice, accuracy: float, half_accuracy: float, loss: float,
 
 
 def ranked(rows: list[dict]) -> list[dict]:
-    """The candidates, best first: by accuracy, then loss, then index. Controls and undefined scores are left out."""
+    """The candidates, best first: by accuracy, then loss, then age. Controls and undefined scores are left out."""
     fair = [row for row in rows if row["generation"] != CONTROL and math.isfinite(row["loss"])]
-    return sorted(fair, key=lambda row: (-row["accuracy"], row["loss"], row["index"]))
+    return sorted(fair, key=lambda row: (-row["accuracy"], row["loss"], row["generation"], row["index"]))
 
 
 def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> list[dict]:
@@ -268,8 +289,8 @@ def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> lis
 
 
 def statistics(rows: list[dict], images: int) -> dict:
-    """Numbers that sum up a search; None where one is not defined. Accuracies in percent."""
-    fair = ranked(rows)
+    """Numbers that sum up a random search; None where one is not defined. Accuracies in percent."""
+    fair = ranked([row for row in rows if row["generation"] <= 0])
     accuracies = [row["accuracy"] for row in fair]
     reliability, noise = ranking(fair)
     return {
@@ -280,7 +301,6 @@ def statistics(rows: list[dict], images: int) -> dict:
         "median": median(accuracies),
         "worst": accuracies[-1],
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
-        "standard_error": standard_error(accuracies[0], images),
         "reliability": reliability,
         "noise": noise,
         "controls": {NAMES[choice_of(row)[0]]: row["accuracy"] for row in rows if row["generation"] == CONTROL},
@@ -297,14 +317,21 @@ def summary(found: dict, command: str) -> list[str]:
         trust = f"{s['reliability']:.2f}: of the spread, {s['noise']:.2f} is noise of the images"
     controls = ", ".join(f"all {name} {accuracy:.2f}%" for name, accuracy in s["controls"].items())
     lines = [
-        f"scores       {s['paths']} paths: best {s['best']:.2f}%, median {s['median']:.2f}%, worst {s['worst']:.2f}%, "
-        f"spread (standard deviation) {spread}; with the supernet's weights, {where}",
+        f"scores       {s['paths']} random paths: best {s['best']:.2f}%, median {s['median']:.2f}%, "
+        f"worst {s['worst']:.2f}%, spread (standard deviation) {spread}; with the supernet's weights, {where}",
         f"ranking      reliability {trust}",
         f"controls     {controls}",
         f"choice       {found['choice']}",
         f"             {found['accuracy']:.2f}% +- {found['standard_error']:.2f}, "
         f"{found['flops_m']:.1f}M multiply-adds, {found['params_m']:.2f}M parameters",
     ]
+    if "evolution" in found:
+        evolved = found["evolution"]
+        lines.insert(
+            3,
+            f"evolution    best {evolved['best']:.2f}% after {evolved['evaluations']} paths, "
+            f"{evolved['generations']} generations",
+        )
     if s["undefined"]:
         lines.insert(1, f"             {s['undefined']} scores are not finite and left out")
     if "top" in found and found["split"] == "search":
@@ -326,36 +353,24 @@ def training_command(found: Path, checkpoint: dict, data_dir: str) -> str:
     return shlex.join(parts)
 
 
-def calibration_images(dataset: Dataset, count: int) -> Split | None:
-    """A fixed draw from the training images, the same whatever --seed says; cut to whole batches."""
-    count, asked = min(count, len(dataset.train)), count
-    if count > CALIBRATION_BATCH:
-        count -= count % CALIBRATION_BATCH
-    if count != asked:
-        log.info(
-            f"calibrating on {count} images, not {asked}: whole batches of {CALIBRATION_BATCH}, training images only"
-        )
-    chosen = random.Random("calibration").sample(range(len(dataset.train)), count)
-    return dataset.train.subset(chosen) if count else None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores random architectures, writes the record, the choice and the pictures, and says how to go on."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    path, checkpoint = find_checkpoint(args.ckpt)
-    facts, trained = checkpoint["data"], checkpoint["args"]
-    model = load_supernet(path, checkpoint)
-    low, high = flops_limits(model, args)
+    args = parse_args(argv)
+    path = Path(args.ckpt) if args.ckpt else newest_supernet(Path("runs"))
+    checkpoint = load_supernet(path)
+    facts = checkpoint["data"]
+    model = build_supernet(path, checkpoint)
+    limits = flops_limits(model, args)
     device = pick_device(args.device)
     folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
     settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
-    check_folder(folder, settings, args.overwrite)
+    settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations}
+    settings = check_folder(folder, settings, args.overwrite)
 
-    data_dir = args.data_dir or trained["data_dir"]
+    args.ckpt, args.data_dir = str(path), args.data_dir or checkpoint["args"]["data_dir"]
     open_log(None)
-    dataset = load_dataset(facts["name"], data_dir, facts["image_size"], args.workers)
+    dataset = load_dataset(facts["name"], args.data_dir, facts["image_size"], args.workers)
     dataset.adopt(facts, str(path))
     if args.overwrite:
         delete_files(folder, SEARCH_FILES)
@@ -365,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(f"supernet     {path}, {checkpoint['epoch']} epochs on {facts['name']}")
     log.info(f"device       {describe_device(device)}, {args.precision}")
     model = model.to(device, memory_format=memory_format(device))
-    calibration = calibration_images(dataset, args.calibration_images)
+    calibration = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
     if calibration is not None:
         calibration = Batches(dataset, calibration, CALIBRATION_BATCH, device, args.workers)
     scored, test = (
@@ -377,35 +392,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(
             "scoring on the test images, as ShunLu91's code does: the best score is biased, and no fair one is left"
         )
-    choices = draw(model, args.num_paths, stream(args.seed, "search"), low, high)
+    choices = model.sample_choices(stream(args.seed, "search"), args.num_paths, *limits)
     if len(choices) < args.num_paths:
         log.info(f"only {len(choices)} architectures are within the limits: all of them are scored")
-    wanted = candidates(SINGLE_BLOCK_PATHS, CONTROL, -len(NAMES)) + candidates(choices, 0, 0)
-    score_missing(scorer, wanted, rows, folder / "paths.csv", args.seed)
-    rows = [row for row in rows if row["index"] < args.num_paths]
-    report(folder, path, checkpoint, args, rows, Scorer(model, calibration, test, args.precision), data_dir)
+    wanted = candidates(SINGLE_BLOCK_PATHS, CONTROL) + candidates(choices, 0)
+    score_missing(scorer, wanted, rows, folder / "paths.csv", args.seed, args.generations * args.population)
+    evolve(scorer, rows, folder / "paths.csv", args, limits)
+    rows = [row for row in rows if row["generation"] <= args.generations]
+    rows = [row for row in rows if row["generation"] or row["index"] < args.num_paths]
+    report(folder, checkpoint, args, rows, Scorer(model, calibration, test, args.precision))
 
 
-def report(
-    folder: Path,
-    path: Path,
-    checkpoint: dict,
-    args: argparse.Namespace,
-    rows: list[dict],
-    test: Scorer,
-    data_dir: str,
-) -> None:
+def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[dict], test: Scorer) -> None:
     """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
     images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
     order = ranked(rows)
-    if not order:
-        raise UserError(f"no path has a finite loss: the weights in {path} are broken; the scores are in {folder}")
+    if not ranked([row for row in rows if row["generation"] == 0]):
+        raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")
     numbers = statistics(rows, images)
-    found = order[0] | {"standard_error": numbers["standard_error"], "split": args.split, "statistics": numbers}
-    found |= {
-        "checkpoint": {"path": str(path), "epoch": checkpoint["epoch"], "sha256": sha256(path)},
-        "args": vars(args),
-    }
+    found = order[0] | {"standard_error": standard_error(order[0]["accuracy"], images)}
+    found |= {"split": args.split, "statistics": numbers}
+    if args.generations:
+        own = ranked(evolving(rows, args.population))
+        found["evolution"] = {"generations": rows[-1]["generation"], "evaluations": len(own)}
+        found["evolution"] |= {"best": own[0]["accuracy"]}
+    source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": sha256(Path(args.ckpt))}
+    found |= {"checkpoint": source, "args": vars(args)}
     old = read_json(folder / "search.json") if (folder / "search.json").exists() else {}
     write_json(folder / "search.json", old | found if old.get("choice") == found["choice"] else found)
     if args.split == "search":
@@ -413,7 +425,7 @@ def report(
         found["top"] = measure_top(test, order[: args.top_k], known)
         write_json(folder / "search.json", found)
     plot_search(rows, folder, args.split)
-    for line in summary(found, training_command(folder / "search.json", checkpoint, data_dir)):
+    for line in summary(found, training_command(folder / "search.json", checkpoint, args.data_dir)):
         log.info(line)
     log.info(f"wrote {', '.join(str(folder / name) for name in SEARCH_FILES if (folder / name).exists())}")
 

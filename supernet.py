@@ -4,6 +4,7 @@ Guo et al., arXiv 1904.00420, section 3.2: every step draws one path uniformly a
 """
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
 from img.plots import plot_training
-from model import LAYERS, NAMES, Choice, Supernet
+from model import LAYERS, NAMES, Choice, Classifier, Supernet
 from utils import (
     RUN_FILES,
     SEARCH_FILES,
@@ -28,6 +29,7 @@ from utils import (
     duration,
     explicit_flags,
     load_checkpoint,
+    load_supernet,
     log,
     make_folder,
     memory_format,
@@ -37,6 +39,7 @@ from utils import (
     pick_device,
     read_json,
     refuse_changes,
+    replacing,
     run_script,
     save_checkpoint,
     standard_error,
@@ -102,6 +105,9 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         help="side of a square set to the mean; alone: 16; 0: none",
     )
     add("--choice", help="train this architecture alone: 20 numbers like 1-0-3-..., or a search.json")
+    add(
+        "--init_from", help="a supernet's last.pth, whose weights of that path training starts from; with --choice only"
+    )
     add("--train_on", choices=("train", "all"), default="train", help="all adds the search split; with --choice only")
     add("--val_interval", type=number(int, 1), default=1, help="epochs between validations; the last has one anyway")
     add("--resume", action="store_true", help="go on with the run in that folder; its own settings hold")
@@ -126,6 +132,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
         parser.error("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.train_on == "all" and args.choice is None:
         parser.error("--train_on all needs --choice: a supernet's search split must stay out of its training")
+    if args.init_from and args.choice is None:
+        parser.error("--init_from needs --choice: it takes one path's weights out of a supernet")
     if args.dataset == "cifar10" and args.image_size != 32:
         parser.error("--image_size: the images of cifar10 have 32 pixels")
     args.supernet_accuracy = None
@@ -253,9 +261,23 @@ def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.devic
 def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Supernet:
     """The network with its initial weights, which depend on --seed alone."""
     torch.manual_seed(args.seed)
-    choice = [int(n) for n in args.choice.split("-")] if args.choice else None
+    choice = choice_of(args)
     model = Supernet(len(dataset.classes), dataset.image_size, affine=choice is not None, choice=choice)
     return model.to(device, memory_format=memory_format(device))
+
+
+def take_path(model: Supernet, weights: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+    """Gives a single architecture the weights that it has in a supernet; raises UserError if they do not fit."""
+    try:
+        model.load_path(weights, choice_of(args))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init_from {args.init_from} does not fit this network ({reason})") from None
+
+
+def choice_of(args: argparse.Namespace) -> list[int] | None:
+    """The numbers of --choice."""
+    return [int(n) for n in args.choice.split("-")] if args.choice else None
 
 
 def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, device: torch.device) -> None:
@@ -278,11 +300,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(f"{folder} is complete: {args.epochs} epochs")
         return
 
+    weights = load_supernet(Path(args.init_from))["model"] if args.init_from and checkpoint is None else None
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
     if checkpoint:
         dataset.adopt(checkpoint["data"], f"{folder / 'last.pth'}")
     data = load_batches(dataset, args, device)
     model = build_model(dataset, args, device)
+    if weights is not None:
+        take_path(model, weights, args)
     optimizer = build_optimizer(model, args)
     if checkpoint is None:
         delete_files(folder, RUN_FILES)
@@ -298,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(folder / "args.json", vars(args) | {"torch": torch.__version__, "device_name": describe_device(device)})
     train(model, data, optimizer, args, rows, dataset.facts())
     if args.choice:
+        export(folder / "model.pt2", model, choice_of(args), dataset.mean, dataset.std)
         write_result(folder, model, data, args)
     log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
     if args.choice is None:
@@ -353,6 +379,17 @@ def epoch_line(row: dict, args: argparse.Namespace) -> str:
     if row["val_acc"] is not None:
         line += f"  {validated_on(args)} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
     return f"{line}  {duration(row['seconds'])}"
+
+
+def export(path: Path, model: Supernet, choice: Choice, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Writes a network that torch alone can load and run: uint8 (N, 3, S, S), any N -> logits (N, classes)."""
+    network = Classifier(copy.deepcopy(model.path(choice)), mean, std)
+    network = network.to("cpu", memory_format=torch.contiguous_format).eval()
+    images = torch.zeros(2, 3, model.image_size, model.image_size, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.export.save(program, file)
 
 
 def write_result(folder: Path, model: Supernet, data: dict[str, Batches], args: argparse.Namespace) -> None:

@@ -22,8 +22,9 @@ import torch
 log = logging.getLogger("spos")
 
 # All that a run and a search write into their folders; --overwrite deletes these and nothing else.
-RUN_FILES = "args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "result.json"
+RUN_FILES = "args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "model.pt2", "result.json"
 SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.png", "pareto.png", "choices.png"
+SEARCH_FILES += ("evolution.png",)
 
 
 class UserError(Exception):
@@ -298,6 +299,25 @@ def load_checkpoint(path: Path) -> dict:
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {found}, not {sorted(expected)}")
     return content
+
+
+def load_supernet(path: Path) -> dict:
+    """The checkpoint of a supernet; raises UserError if it is one of a single architecture, or none at all."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["args"]["choice"] is not None:
+        raise UserError(f"{path} holds the single architecture {checkpoint['args']['choice']}, not a supernet")
+    return checkpoint
+
+
+def newest_supernet(runs: Path) -> Path:
+    """The newest supernet's checkpoint below a folder of runs; says what it passed over, raises UserError for none."""
+    for path in sorted(runs.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if load_checkpoint(path)["args"]["choice"] is None:
+            return path
+        print(f"passing over {path}, which is newer: it holds a single architecture")
+    raise UserError(
+        f"no supernet in {runs}/*/last.pth; train one with `python supernet.py`, or name one with --ckpt PATH"
+    )
 
 
 def sha256(path: Path) -> str:

@@ -99,6 +99,17 @@ def load_dataset(name: str, data_dir: str, image_size: int, workers: int = 0) ->
     return _folders(name, Path(data_dir), image_size, workers)
 
 
+def calibration_images(dataset: Dataset, count: int, batch: int) -> Split | None:
+    """A fixed draw from the training images, the same whatever --seed says; cut to whole batches; None for 0."""
+    count, asked = min(count, len(dataset.train)), count
+    if count > batch:
+        count -= count % batch
+    if count != asked:
+        log.info(f"calibrating on {count} images, not {asked}: whole batches of {batch}, training images only")
+    chosen = random.Random("calibration").sample(range(len(dataset.train)), count)
+    return dataset.train.subset(chosen) if count else None
+
+
 def _hold_out(split: Split, per_class: Sequence[int], name: str = "search") -> tuple[Split, Split]:
     """What is kept and what is held out of a split: per_class[c] images of class c, the same whatever --seed says."""
     rng = random.Random(f"held out for {name}")

@@ -144,11 +144,35 @@ def plot_choices(rows: list[dict], path: Path, split: str = "search") -> None:
     _save(figure, path)
 
 
+def plot_evolution(rows: list[dict], path: Path, split: str = "search") -> None:
+    """Best accuracy so far against evaluations, evolution beside random search, and each generation's median.
+
+    Evolution's first generation is the first random paths, as many as every later one has.
+    """
+    generations = [int(row["generation"]) for row in rows]
+    population, last = generations.count(1), max(generations)
+    drawn = [row for row in rows if int(row["generation"]) == 0]
+    parts = [drawn[:population], *([r for r in rows if int(r["generation"]) == g] for g in range(1, last + 1))]
+    own = [row for part in parts for row in part]
+    figure, axis = _axes()
+    for name, part, colour, style in (("random search", drawn, GREY, "--"), ("evolution", own, BLUE, "-")):
+        best = np.fmax.accumulate(_values(part, "accuracy"))
+        axis.step(np.arange(1, len(best) + 1), best, style, where="post", color=colour, label=f"{name}, best so far")
+    ends = np.cumsum([len(part) for part in parts])
+    medians = [np.nanmedian(_values(part, "accuracy")) for part in parts]
+    axis.plot(ends, medians, "o", color=ORANGE, markersize=4, label="evolution, median of a generation")
+    axis.set(xlabel="architectures scored", ylabel=f"top-1 accuracy, {split} split (%)")
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
 def plot_search(rows: list[dict], folder: Path, split: str = "search") -> None:
     """All pictures of a search, from the rows of paths.csv."""
     plot_histogram(rows, folder / "histogram.png", split)
     plot_pareto(rows, folder / "pareto.png", split)
     plot_choices(rows, folder / "choices.png", split)
+    if any(int(row["generation"]) > 0 for row in rows):
+        plot_evolution(rows, folder / "evolution.png", split)
 
 
 def plot_single_path(path: Path) -> None:
@@ -187,7 +211,9 @@ def main() -> None:
         if rows and "train_loss" in rows[0]:
             plot_training(rows, path.with_name("training.png"), "search split")
         elif rows and "half_accuracy" in rows[0]:  # the file has them in the order in which they were scored
-            plot_search(sorted(rows, key=lambda row: int(row["index"])), path.parent, args.split)
+            plot_search(
+                sorted(rows, key=lambda row: (int(row["generation"]), int(row["index"]))), path.parent, args.split
+            )
         else:
             raise SystemExit(f"error: {path} is neither a paths.csv nor a metrics.csv with rows")
 

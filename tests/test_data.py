@@ -627,8 +627,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "sizes"),
-    [(20, 8, [8, 8]), (16, 8, [8, 8]), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])],
+    ("count", "batch_size", "sizes"), [(20, 8, [8, 8]), (16, 8, [8, 8]), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])]
 )
 def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(count, batch_size, sizes):
     """openvinotoolkit/nncf#379, mapbox/robosat#228."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import supernet
-from model import Supernet
+from model import Supernet, crossover, mutate
 
 OFFICIAL = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
 SINGLE = [(number,) * 20 for number in range(4)]
@@ -387,6 +387,36 @@ def test_limits_the_wrong_way_round_are_met_by_nothing(small: Supernet) -> None:
     assert small.count_choices(180_000_000, 170_000_000) == 0
     with pytest.raises(ValueError, match="no architecture"):
         small.sample_choice(random.Random(0), 180_000_000, 170_000_000)
+
+
+# Breeding
+
+
+def test_mutation_and_crossover_follow_their_definition() -> None:
+    rng, first, second = random.Random(0), (0,) * 20, (1,) * 20
+    assert mutate(first, 0, rng) == first
+    assert all(set(mutate(choice, 1, rng)).isdisjoint(choice) for choice in (first, second))
+    mutants = [mutate(first, 0.1, rng) for _ in range(2000)]
+    shares = [sum(gene == k for mutant in mutants for gene in mutant) / 40_000 for k in range(4)]
+    assert shares == pytest.approx([0.9, 1 / 30, 1 / 30, 1 / 30], abs=0.005)
+    crossed = [crossover(first, second, rng) for _ in range(2000)]
+    assert np.mean(crossed) == pytest.approx(0.5, abs=0.01) and np.mean(crossed, axis=0).std() < 0.03
+
+
+def test_a_generation_is_half_mutated_and_half_crossed(small: Supernet) -> None:
+    parents = [(0,) * 20, (1,) * 20]
+    children = small.breed(parents, set(parents), 40, 0.1, random.Random(0))
+    assert len(set(children)) == 40 and not set(children) & set(parents)
+    assert sum(set(child) == {0, 1} and 4 < sum(child) < 16 for child in children) == 20  # 2 genes of 20 mutate
+    assert children == small.breed(parents, set(parents), 40, 0.1, random.Random(0))
+
+
+@pytest.mark.parametrize("parents", [[], [(0,) * 20], [(0,) * 20, (1,) * 20]])
+def test_children_that_fail_are_drawn_at_random(small: Supernet, parents: list) -> None:
+    """Without a parent, with one, and under limits that no relative of theirs meets."""
+    low = 212_000_000
+    children = small.breed(parents, set(), 10, 0.0, random.Random(0), low)
+    assert len(set(children)) == 10 and all(small.flops(child) >= low for child in children)
 
 
 # Walking many paths

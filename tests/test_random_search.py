@@ -4,7 +4,12 @@ import csv
 import json
 import math
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,20 +21,20 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import random_search
-from conftest import Run
+from conftest import ROOT, Run
 from data.datasets import load_dataset
 from data.loaders import Batches
 from img.plots import ranking
 from model import Supernet
 from random_search import Scorer
-from utils import UserError, load_checkpoint
+from utils import UserError, load_checkpoint, newest_supernet
 
 CPU = torch.device("cpu")
 
 
 def rows(folder: Path) -> list[dict]:
     with open(folder / "paths.csv", newline="") as file:
-        return sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
+        return sorted(csv.DictReader(file), key=lambda row: (int(row["generation"]), int(row["index"])))
 
 
 def found(folder: Path) -> dict:
@@ -137,9 +142,9 @@ def test_the_halves_are_fixed_and_equal(run: Run) -> None:
 
 
 def test_a_search_writes_what_it_promises(search: Run) -> None:
-    assert {p.name for p in search.folder.iterdir()} == set(random_search.SEARCH_FILES)
+    assert {p.name for p in search.folder.iterdir()} == set(random_search.SEARCH_FILES) - {"evolution.png"}
     record = rows(search.folder)
-    assert [int(row["index"]) for row in record] == list(range(-4, 12))
+    assert [int(row["index"]) for row in record] == [*range(4), *range(12)]
     assert [int(row["generation"]) for row in record] == [-1] * 4 + [0] * 12
     assert [row["choice"] for row in record[:4]] == ["-".join(str(n) * 20) for n in range(4)]
     assert len({row["choice"] for row in record}) == 16
@@ -212,6 +217,26 @@ def test_an_interrupted_search_ends_as_an_uninterrupted_one(search: Run, tmp_pat
     assert (ours["choice"], ours["statistics"], ours["top"]) == (theirs["choice"], theirs["statistics"], theirs["top"])
     for name in ("histogram.png", "pareto.png", "choices.png"):
         assert (tmp_path / name).read_bytes() == (search.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(("kill", "code"), [("SIGINT", 130), ("SIGKILL", -9)])
+def test_a_killed_search_loses_at_most_a_group(search: Run, tmp_path: Path, monkeypatch, kill: str, code: int) -> None:
+    """huawei-noah/vega#120: a process of its own, killed once it has recorded something; the same command goes on."""
+    flags, record = [*search.flags, "--search_dir", str(tmp_path)], tmp_path / "paths.csv"
+    script = "import random_search, signal, utils; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    script += f"random_search.GROUP = 3; utils.run_script(lambda _: random_search.main({flags}))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while process.poll() is None and not (record.exists() and len(record.read_text().splitlines()) > 1):
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, kill))
+    assert process.wait() == code
+    kept, original, scored = rows(tmp_path), Scorer.score, []
+    assert len(kept) % 3 == 0 and all(row in rows(search.folder) for row in kept)
+    monkeypatch.setattr(Scorer, "score", lambda self, c: scored.append(len(c)) or original(self, c))
+    random_search.main(flags)
+    assert sum(scored) == 16 - len(kept) + 3  # and the top three on the test images
+    assert rows(tmp_path) == rows(search.folder)
+    assert found(tmp_path)["statistics"] == found(search.folder)["statistics"]
 
 
 def test_more_paths_may_be_asked_for(search: Run, tmp_path: Path, monkeypatch) -> None:
@@ -287,11 +312,10 @@ def test_the_newest_supernet_is_taken(run: Run, tmp_path: Path, monkeypatch, cap
         torch.save(content, tmp_path / "runs" / name / "last.pth")
         os.utime(tmp_path / "runs" / name / "last.pth", (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
-    assert random_search.find_checkpoint(None)[0] == Path("runs/new/last.pth")
+    assert newest_supernet(Path("runs")) == Path("runs/new/last.pth")
     assert "runs/alone/last.pth" in capsys.readouterr().out
-    assert random_search.find_checkpoint("runs/old/last.pth")[0] == Path("runs/old/last.pth")
     with pytest.raises(UserError, match="single architecture"):
-        random_search.find_checkpoint("runs/alone/last.pth")
+        random_search.main(["--ckpt", "runs/alone/last.pth"])
     for argv in ([], ["--ckpt"]):
         assert random_search.build_parser().parse_args(argv).ckpt is None
 
@@ -350,9 +374,9 @@ def test_flops_limits_are_met_or_refused(run: Run, search: Run, tmp_path: Path) 
 def test_draws_are_different_and_the_first_stay_when_more_are_asked_for() -> None:
     """BayesWatch/nas-without-training#4."""
     model = Supernet(10, 8)
-    many = random_search.draw(model, 1000, random.Random(1), None, None)
+    many = model.sample_choices(random.Random(1), 1000, None, None)
     assert len(set(many)) == 1000
-    assert random_search.draw(model, 300, random.Random(1), None, None) == many[:300]
+    assert model.sample_choices(random.Random(1), 300, None, None) == many[:300]
 
 
 def test_scores_that_are_not_finite_are_counted_and_never_chosen(run: Run, search: Run, tmp_path: Path) -> None:
@@ -391,9 +415,105 @@ def test_a_ranking_without_reliability_is_said_to_have_none(kind: str) -> None:
     assert ranking(made) == (None, None)
 
 
+# Evolution
+
+EVOLVE = ["--population", "6", "--parents", "3", "--generations"]
+
+
+@pytest.fixture(scope="module")
+def evolved(search: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two generations of 6, begun with the first 6 of the twelve random paths."""
+    folder = tmp_path_factory.mktemp("evolved") / "search"
+    shutil.copytree(search.folder, folder)
+    flags = [*search.flags, "--search_dir", str(folder), *EVOLVE, "2"]
+    random_search.main(flags)
+    return Run(folder, flags)
+
+
+def best(record: list[dict], count: int) -> list[tuple]:
+    order = sorted(record, key=lambda r: (-float(r["accuracy"]), float(r["loss"]), int(r["generation"])))
+    return [tuple(int(n) for n in row["choice"].split("-")) for row in order[:count]]
+
+
+def test_evolution_goes_on_with_the_record_of_a_random_search(search: Run, evolved: Run) -> None:
+    record = rows(evolved.folder)
+    assert record[:16] == rows(search.folder)
+    assert [(r["generation"], r["index"]) for r in record[16:]] == [(g, str(i)) for g in "12" for i in range(6)]
+    assert len({row["choice"] for row in record}) == len(record) == 28
+    result, log = found(evolved.folder), (evolved.folder / "log.txt").read_text()
+    random_ones = found(search.folder)["statistics"]
+    assert result["statistics"] == random_ones and f"best {random_ones['best']:.2f}%" in log
+    own = [row for row in record if row["generation"] in "12" or (row["generation"] == "0" and int(row["index"]) < 6)]
+    top = max(float(row["accuracy"]) for row in own)
+    assert result["evolution"] == {"generations": 2, "evaluations": 18, "best": top}
+    assert result["accuracy"] == max(float(row["accuracy"]) for row in record[4:])
+    assert (evolved.folder / "evolution.png").stat().st_size > 10_000
+
+
+def test_the_best_of_evolutions_own_paths_are_the_parents(search: Run, tmp_path: Path, monkeypatch) -> None:
+    """Of the first random draws and of all generations before, never of the other draws or the controls."""
+    original, seen = Supernet.breed, []
+    monkeypatch.setattr(
+        Supernet, "breed", lambda self, parents, *rest: seen.append(parents) or original(self, parents, *rest)
+    )
+    shutil.copytree(search.folder, tmp_path / "search")
+    random_search.main([*search.flags, "--search_dir", str(tmp_path / "search"), *EVOLVE, "2"])
+    record = rows(tmp_path / "search")
+    first, children = record[4:10], [row for row in record if row["generation"] == "1"]
+    assert seen == [best(first, 3), best(first + children, 3)]
+
+
+def test_a_killed_evolution_ends_as_an_uninterrupted_one(evolved: Run, search: Run, tmp_path: Path) -> None:
+    """Also one that was first asked for a generation less: the record alone says how to go on."""
+    shutil.copytree(evolved.folder, tmp_path / "a")
+    lines = (tmp_path / "a" / "paths.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "paths.csv").write_text("".join(lines[:-4]) + lines[-4][:9])  # in the midst of generation 2
+    for name in ("search.json", "evolution.png"):
+        (tmp_path / "a" / name).unlink()
+    random_search.main([*evolved.flags, "--search_dir", str(tmp_path / "a")])
+    shutil.copytree(search.folder, tmp_path / "b")
+    for generations in ("1", "2"):
+        random_search.main([*search.flags, "--search_dir", str(tmp_path / "b"), *EVOLVE, generations])
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert rows(folder) == rows(evolved.folder)
+        assert found(folder)["top"] == found(evolved.folder)["top"]
+        assert (folder / "evolution.png").read_bytes() == (evolved.folder / "evolution.png").read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["population", "parents", "mutation_prob"])
+def test_an_evolution_of_other_settings_is_refused(evolved: Run, flag: str) -> None:
+    value = {"population": "5", "parents": "2", "mutation_prob": "0.5"}[flag]
+    with pytest.raises(UserError, match=rf"{flag} (6|3|0.1), this command {value}"):
+        random_search.main([*evolved.flags, f"--{flag}", value])
+
+
+def test_evolution_ends_when_too_few_architectures_are_left(run: Run, search: Run, tmp_path: Path) -> None:
+    """Under limits that few meet: no loop without an end, and it is said."""
+    model = load(run)[0]
+    few = next(limit for limit in sums(model) if model.count_choices(None, limit) > 12)
+    count = model.count_choices(None, few)
+    flags = [*search.flags, "--search_dir", str(tmp_path), "--max_flops", str(few / 1e6), *EVOLVE, "9"]
+    random_search.main([*flags, "--num_paths", "6"])
+    record = [row for row in rows(tmp_path) if row["generation"] != "-1"]
+    assert all(float(row["flops_m"]) <= few / 1e6 for row in record)
+    assert len({row["choice"] for row in record}) == len(record) <= count < len(record) + 6
+    left = re.search(r"before generation (\d): only (\d) new", (tmp_path / "log.txt").read_text())
+    controls = [row["choice"] for row in rows(tmp_path)[:4] if float(row["flops_m"]) <= few / 1e6]
+    assert int(left[2]) == count - len({row["choice"] for row in record}.union(controls))
+
+
+def sums(model: Supernet) -> Iterator[int]:
+    """The costs of the space from the smallest on."""
+    cost = model.flops_beside(0)[1]
+    while cost is not None:
+        yield cost
+        cost = model.flops_beside(cost + 1)[1]
+
+
 @pytest.mark.parametrize(
     "flags",
-    [["--num_paths", "0"], ["--batch_size", "0"], ["--calibration_images", "-1"], ["--top_k", "0"], ["--ckp", "x"]],
+    [["--num_paths", "0"], ["--batch_size", "0"], ["--calibration_images", "-1"], ["--top_k", "0"], ["--ckp", "x"]]
+    + [["--generations", "1", *f.split()] for f in ("--num_paths 9", "--population 5", "--parents 1")],
 )
 def test_wrong_usage_exits_with_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -212,6 +214,45 @@ def test_one_architecture_trains_by_the_same_loop_and_is_tested_once(search: Run
     assert tested.count(300) == 3  # two validations on 300 search images, one test on as many
 
 
+def test_a_finished_network_runs_with_torch_alone(run: Run, tmp_path: Path) -> None:
+    """model.pt2 takes bytes, any number of images, and needs nothing of this repository."""
+    choice = "3-2-1-0" + "-0-1-2-3" * 4
+    flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", "alone", "--epochs", "1", "--choice", choice]
+    supernet.main(flags)
+    images = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    code = "import sys, torch; network = torch.export.load('alone/model.pt2').module(); x = torch.load('images.pt');"
+    code += "torch.save([network(x[:n]) for n in (1, 2, 7)], 'logits.pt'); assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    checkpoint = load_checkpoint(tmp_path / "alone" / "last.pth")
+    model = Supernet(10, 8, affine=True, choice=[int(n) for n in choice.split("-")])
+    model.load_state_dict(checkpoint["model"])
+    mean, std = (torch.tensor(checkpoint["data"][name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.eval()((images / 255 - mean) / std, [int(n) for n in choice.split("-")])
+    for n, logits in zip((1, 2, 7), torch.load(tmp_path / "logits.pt"), strict=True):
+        torch.testing.assert_close(logits, expected[:n], rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_may_start_from_its_weights_in_the_supernet(run: Run, tmp_path: Path) -> None:
+    """ShunLu91/Single-Path-One-Shot-NAS#19: with a rate that moves nothing they are still the supernet's."""
+    choice, supernets = "-".join("2" * 20), weights(run.folder)
+    flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", "tuned", "--epochs", "1", "--choice", choice]
+    supernet.main([*flags, "--learning_rate", "1e-20", "--init_from", str(run.folder / "last.pth")])
+    ours = weights(tmp_path / "tuned")
+    shared = [key for key, value in ours.items() if value.ndim > 1]
+    assert len(shared) == 67 and all(torch.equal(ours[key], supernets[key]) for key in shared)
+    alone = str(tmp_path / "tuned" / "last.pth")
+    with pytest.raises(UserError, match="single architecture"):
+        supernet.main([*flags, "--overwrite", "--init_from", alone])
+    content = load_checkpoint(run.folder / "last.pth")
+    content["model"]["head.classifier.weight"] = torch.zeros(7, 1024)
+    torch.save(content, tmp_path / "seven.pth")
+    with pytest.raises(UserError, match=r"seven.pth does not fit.*classifier"):
+        supernet.main([*flags, "--overwrite", "--init_from", str(tmp_path / "seven.pth")])
+    assert (tmp_path / "tuned" / "result.json").exists()
+
+
 def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: Path) -> None:
     choice = "-".join("0" * 20)
     flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", "all", "--epochs", "1", "--choice", choice]
@@ -264,6 +305,7 @@ def test_the_rate_falls_from_its_start_towards_zero(schedule: str, dataset: str)
         ["--resume", "False"],
         ["--resume", "--overwrite"],
         ["--train_on", "all"],
+        ["--init_from", "last.pth"],
         ["--image_size", "64"],
         ["--exp_name", "../up"],
         ["--exp_name", ".."],
