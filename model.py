@@ -28,8 +28,13 @@ NAMES = list(CANDIDATES)
 SINGLE_BLOCK_PATHS = [(number,) * LAYERS for number in range(len(NAMES))]
 
 
+def parse_choice(text: str) -> Choice:
+    """The numbers of a choice that is written as 1-0-3-..."""
+    return tuple(map(int, text.split("-")))
+
+
 def mutate(choice: Choice, probability: float, rng: random.Random) -> Choice:
-    """Each number, with that probability, becomes one of the other three (Guo et al., section 3.4)."""
+    """Each number, with that probability, becomes one of the other three."""
     others = [[other for other in range(len(NAMES)) if other != number] for number in choice]
     return tuple(
         rng.choice(rest) if rng.random() < probability else number for number, rest in zip(choice, others, strict=True)
@@ -37,7 +42,7 @@ def mutate(choice: Choice, probability: float, rng: random.Random) -> Choice:
 
 
 def crossover(first: Choice, second: Choice, rng: random.Random) -> Choice:
-    """Each number comes from one of the two (Guo et al., section 3.4)."""
+    """Each number comes from one of the two."""
     return tuple(rng.choice(pair) for pair in zip(first, second, strict=True))
 
 
@@ -201,8 +206,8 @@ class Supernet(nn.Module):
     ) -> list[Choice]:
         """A generation of `count` architectures that are within the limits and not `taken`; so many must be left.
 
-        Half by mutation, half by crossover of two different parents, with 10 tries a child as in the official code;
-        random draws for those that failed (Guo et al., section 3.4).
+        Half by mutation, half by crossover of two different parents, as in the official code (src/Search/search.py);
+        random draws for those that failed 10 times.
         """
         children: dict[Choice, None] = {}
 

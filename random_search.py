@@ -1,6 +1,6 @@
 """Scores architectures with a trained supernet's weights, each with BatchNorm statistics of its own.
 
-Guo et al., arXiv 1904.00420, section 3.4: before a path is scored, BatchNorm's statistics are recomputed for it on
+Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's statistics are recomputed for it on
 training images. Paths that begin alike share that work. Random search, and with --generations evolution beside it.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.datasets import IMAGE_SIZES, calibration_images, load_dataset
 from data.loaders import Batches
 from img.plots import plot_search, ranking
-from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet
+from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet, parse_choice
 from utils import (
     SEARCH_FILES,
     UserError,
@@ -217,7 +217,7 @@ def candidates(choices: Sequence[Choice], generation: int) -> list[dict]:
 
 def choice_of(row: dict) -> Choice:
     """The choice of a row as numbers."""
-    return tuple(map(int, row["choice"].split("-")))
+    return parse_choice(row["choice"])
 
 
 def score_missing(
@@ -248,7 +248,7 @@ def score_missing(
 
 
 def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
-    """Breeds and scores the generations that the record lacks (Guo et al., section 3.4)."""
+    """Breeds and scores the generations that the record lacks, with the recipe of the official code (src/Search/search.py)."""
     for generation in range(1, args.generations + 1):
         earlier = [row for row in rows if row["generation"] < generation]
         taken = {choice_of(row) for row in earlier}
@@ -283,8 +283,8 @@ def ranked(rows: list[dict]) -> list[dict]:
 def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> list[dict]:
     """The rows of `top` in the search's order, with their accuracy on the test images; `known` ones are not redone."""
     missing = sorted(choice_of(row) for row in top if row["choice"] not in known)
-    scores = scorer.score(missing) if missing else []
-    measured = {"-".join(map(str, choice)): score[0] for choice, score in zip(missing, scores, strict=True)} | known
+    scores = dict(zip(missing, scorer.score(missing) if missing else [], strict=True))
+    measured = {row["choice"]: scores[choice_of(row)][0] for row in top if row["choice"] not in known} | known
     return [row | {"test_accuracy": measured[row["choice"]]} for row in top]
 
 
@@ -412,8 +412,7 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
     numbers = statistics(rows, images)
     found = order[0] | {"standard_error": standard_error(order[0]["accuracy"], images)}
     found |= {"split": args.split, "statistics": numbers}
-    if args.generations:
-        own = ranked(evolving(rows, args.population))
+    if args.generations and (own := ranked(evolving(rows, args.population))):
         found["evolution"] = {"generations": rows[-1]["generation"], "evaluations": len(own)}
         found["evolution"] |= {"best": own[0]["accuracy"]}
     source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": sha256(Path(args.ckpt))}

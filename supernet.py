@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
 from img.plots import plot_training
-from model import LAYERS, NAMES, Choice, Classifier, Supernet
+from model import LAYERS, NAMES, Choice, Classifier, Supernet, parse_choice
 from utils import (
     RUN_FILES,
     SEARCH_FILES,
@@ -261,7 +261,7 @@ def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.devic
 def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Supernet:
     """The network with its initial weights, which depend on --seed alone."""
     torch.manual_seed(args.seed)
-    choice = choice_of(args)
+    choice = parse_choice(args.choice) if args.choice else None
     model = Supernet(len(dataset.classes), dataset.image_size, affine=choice is not None, choice=choice)
     return model.to(device, memory_format=memory_format(device))
 
@@ -269,15 +269,10 @@ def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device
 def take_path(model: Supernet, weights: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
     """Gives a single architecture the weights that it has in a supernet; raises UserError if they do not fit."""
     try:
-        model.load_path(weights, choice_of(args))
+        model.load_path(weights, parse_choice(args.choice))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--init_from {args.init_from} does not fit this network ({reason})") from None
-
-
-def choice_of(args: argparse.Namespace) -> list[int] | None:
-    """The numbers of --choice."""
-    return [int(n) for n in args.choice.split("-")] if args.choice else None
 
 
 def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, device: torch.device) -> None:
@@ -323,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(folder / "args.json", vars(args) | {"torch": torch.__version__, "device_name": describe_device(device)})
     train(model, data, optimizer, args, rows, dataset.facts())
     if args.choice:
-        export(folder / "model.pt2", model, choice_of(args), dataset.mean, dataset.std)
+        export(folder / "model.pt2", model, parse_choice(args.choice), dataset.mean, dataset.std)
         write_result(folder, model, data, args)
     log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
     if args.choice is None:
