@@ -248,7 +248,7 @@ def score_missing(
 
 
 def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
-    """Breeds and scores the generations that the record lacks, with the recipe of the official code (src/Search/search.py)."""
+    """Breeds and scores the generations that the record lacks; the defaults are those of the official code."""
     for generation in range(1, args.generations + 1):
         earlier = [row for row in rows if row["generation"] < generation]
         taken = {choice_of(row) for row in earlier}
