@@ -1,14 +1,12 @@
 """The four candidates of a layer: ShuffleNet v2 units with kernels of 3, 5 and 7, and a deeper "xception" unit.
 
 Shapes and the order of operations follow Guo et al., arXiv 1904.00420, and the official code
-(megvii-model/SinglePathOneShot). The two autograd functions and the folding in Chain compute what plain PyTorch would,
-in less time on a CPU.
+(megvii-model/SinglePathOneShot). The two autograd functions compute what plain PyTorch would, in less time on a CPU.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 # What a layer chooses from, in the order of the choice's numbers 0, 1, 2, 3.
 CANDIDATES = {
@@ -83,30 +81,6 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
-class Chain(nn.Sequential):
-    """Convolutions, each with its BatchNorm and maybe a ReLU: (N, in, H, W) -> (N, out, H/stride, W/stride).
-
-    folded: whether to scale and shift a convolution's weights in eval mode, instead of its output. On a CPU that saves
-    a pass over the images, on a GPU it would launch more than it saves. The modules inside are not called then.
-    """
-
-    folded = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or not self.folded:
-            return super().forward(x)
-        modules = list(self)
-        for i, module in enumerate(modules):
-            if isinstance(module, nn.Conv2d):
-                norm = modules[i + 1]
-                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                weight, bias = fuse_conv_bn_weights(module.weight, None, *statistics)
-                x = F.conv2d(x, weight, bias, module.stride, module.padding, groups=module.groups)
-            elif isinstance(module, nn.ReLU):
-                x = module(x)
-        return x
-
-
 def depthwise(channels: int, kernel: int, stride: int, affine: bool) -> list[nn.Module]:
     """Depthwise convolution and BatchNorm, no activation: (N, C, H, W) -> (N, C, H/stride, W/stride)."""
     return [DepthwiseConv(channels, kernel, stride), nn.BatchNorm2d(channels, affine=affine)]
@@ -144,10 +118,10 @@ class Block(nn.Module):
                 *depthwise(middle, kernel, stride, affine),
                 *pointwise(middle, emitted, affine),
             ]
-        self.main = Chain(*main)
+        self.main = nn.Sequential(*main)
         self.projection = None
         if stride == 2:
-            self.projection = Chain(*depthwise(branch, kernel, 2, affine), *pointwise(branch, branch, affine))
+            self.projection = nn.Sequential(*depthwise(branch, kernel, 2, affine), *pointwise(branch, branch, affine))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.projection is None:

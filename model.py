@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, Block, Chain, pointwise
+from blocks import CANDIDATES, Block, pointwise
 
 Choice = tuple[int, ...]
 
@@ -75,7 +75,7 @@ class Supernet(nn.Module):
         if choice is not None:
             self.options = [[number] for number in self.check(choice)]
         stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
-        self.stem = Chain(
+        self.stem = nn.Sequential(
             nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(STEM_CHANNELS, affine=affine),
             nn.ReLU(inplace=True),
@@ -87,7 +87,7 @@ class Supernet(nn.Module):
             names = [NAMES[number] for number in self.options[i]]
             self.layers.append(nn.ModuleDict({name: Block(*shape, **CANDIDATES[name]) for name in names}))
             in_channels = out_channels
-        self.last = Chain(*pointwise(in_channels, LAST_CHANNELS, affine))
+        self.last = nn.Sequential(*pointwise(in_channels, LAST_CHANNELS, affine))
         self.head = Head(num_classes)
         self._initialise()
 
@@ -118,12 +118,6 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, choice: Sequence[int]) -> Tensor:
         """(N, 3, image_size, image_size) -> logits (N, classes) of the path `choice`."""
         return self.path(choice)(x)
-
-    def fold(self, folded: bool) -> None:
-        """Whether eval mode computes BatchNorm within the convolution before it; see blocks.Chain."""
-        for module in self.modules():
-            if isinstance(module, Chain):
-                module.folded = folded
 
     def walk(self, x: Tensor, choices: Sequence[Choice], enter: Callable[[nn.Module, tuple], None]) -> Iterator[Tensor]:
         """What many paths give the head for one batch, in the order of `choices`; equal beginnings are computed once.

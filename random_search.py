@@ -30,6 +30,7 @@ from utils import (
     delete_files,
     describe_device,
     duration,
+    gather,
     load_supernet,
     log,
     make_folder,
@@ -37,8 +38,11 @@ from utils import (
     new_parser,
     newest_supernet,
     number,
+    on_first,
     open_log,
     pick_device,
+    rank,
+    ranks,
     read_json,
     recover_csv,
     refuse_changes,
@@ -106,7 +110,6 @@ class Scorer:
         }
         for norm in chain(*self.norms.values()):
             norm.num_batches_tracked = None  # else every BatchNorm counts its calls, on the device
-        model.fold(scored.device.type == "cpu")
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
@@ -208,6 +211,14 @@ def check_folder(folder: Path, settings: dict, overwrite: bool) -> dict:
     return settings
 
 
+def open_record(folder: Path, settings: dict, overwrite: bool) -> list[dict]:
+    """The rows that an earlier search left; writes down first what they depend on."""
+    if overwrite:
+        delete_files(folder, SEARCH_FILES)
+    write_json(folder / "args.json", settings)
+    return recover_csv(folder / "paths.csv", COLUMNS)
+
+
 def candidates(choices: Sequence[Choice], generation: int) -> list[dict]:
     """The beginnings of rows of paths.csv; an index counts within its generation."""
     return [
@@ -225,26 +236,38 @@ def score_missing(
 ) -> None:
     """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group.
 
-    later: how many more paths will be asked for, for the time that is left.
+    Under torchrun every rank takes a group at a time. later: how many more paths will be asked for, for the time that
+    is left.
     """
     known = {(row["generation"], row["choice"]) for row in rows}
     todo = sorted((row for row in wanted if (row["generation"], row["choice"]) not in known), key=choice_of)
-    groups = [todo[i : i + GROUP] for i in range(0, len(todo), GROUP)]
+    size = min(GROUP, max(1, -(-len(todo) // ranks())))
+    groups = [todo[i : i + size] for i in range(0, len(todo), size)]
     stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
     start, done = time.time(), 0
-    for i, group in enumerate(groups, start=1):
-        choices = sorted(set(map(choice_of, group)))  # a control may have been drawn as well
-        scores = dict(zip(choices, scorer.score(choices), strict=True))
-        new = [row | describe(choice_of(row), *scores[choice_of(row)], scorer.model) for row in group]
-        append_csv(record, new, list(COLUMNS))
+    for first in range(0, len(groups), ranks()):
+        mine = groups[first + rank()] if first + rank() < len(groups) else []
+        new = list(chain(*gather(score_group(scorer, mine))))
+        if rank() == 0:
+            append_csv(record, new, list(COLUMNS))
         rows += new
-        done += len(group)
+        done += len(new)
         pace = (time.time() - start) / done
         left = duration(pace * (len(todo) - done + later))
         top = f"{ranked(rows)[0]['accuracy']:.2f}%" if ranked(rows) else "none yet"
-        generation = f"generation {group[0]['generation']}  " if group[0]["generation"] > 0 else ""
-        log.info(f"{generation}group {i}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
+        generation = f"generation {new[0]['generation']}  " if new[0]["generation"] > 0 else ""
+        number = min(first + ranks(), len(groups))
+        log.info(
+            f"{generation}group {number}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}"
+        )
     rows.sort(key=lambda row: (row["generation"], row["index"]))
+
+
+def score_group(scorer: Scorer, group: list[dict]) -> list[dict]:
+    """The rows of a group, with scores and costs; a path that is in it twice, as a control too, is scored once."""
+    choices = sorted(set(map(choice_of, group)))
+    scores = dict(zip(choices, scorer.score(choices) if choices else [], strict=True))
+    return [row | describe(choice_of(row), *scores[choice_of(row)], scorer.model) for row in group]
 
 
 def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
@@ -356,7 +379,7 @@ def training_command(found: Path, checkpoint: dict, data_dir: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores random architectures, writes the record, the choice and the pictures, and says how to go on."""
     args = parse_args(argv)
-    path = Path(args.ckpt) if args.ckpt else newest_supernet(Path("runs"))
+    path = Path(args.ckpt) if args.ckpt else on_first(lambda: newest_supernet(Path("runs")))
     checkpoint = load_supernet(path)
     facts = checkpoint["data"]
     model = build_supernet(path, checkpoint)
@@ -366,17 +389,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
     settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations}
-    settings = check_folder(folder, settings, args.overwrite)
+    settings = on_first(lambda: check_folder(folder, settings, args.overwrite))
 
     args.ckpt, args.data_dir = str(path), args.data_dir or checkpoint["args"]["data_dir"]
     open_log(None)
     dataset = load_dataset(facts["name"], args.data_dir, facts["image_size"], args.workers)
     dataset.adopt(facts, str(path))
-    if args.overwrite:
-        delete_files(folder, SEARCH_FILES)
+    rows = on_first(lambda: open_record(folder, settings, args.overwrite))
     open_log(folder / "log.txt")
-    write_json(folder / "args.json", settings)
-    rows = recover_csv(folder / "paths.csv", COLUMNS)
     log.info(f"supernet     {path}, {checkpoint['epoch']} epochs on {facts['name']}")
     log.info(f"device       {describe_device(device)}, {args.precision}")
     model = model.to(device, memory_format=memory_format(device))
@@ -400,7 +420,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evolve(scorer, rows, folder / "paths.csv", args, limits)
     rows = [row for row in rows if row["generation"] <= args.generations]
     rows = [row for row in rows if row["generation"] or row["index"] < args.num_paths]
-    report(folder, checkpoint, args, rows, Scorer(model, calibration, test, args.precision))
+    if rank() == 0:
+        report(folder, checkpoint, args, rows, Scorer(model, calibration, test, args.precision))
 
 
 def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[dict], test: Scorer) -> None:

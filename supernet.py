@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
@@ -23,6 +24,7 @@ from utils import (
     RUN_FILES,
     SEARCH_FILES,
     UserError,
+    add_up,
     autocast,
     delete_files,
     describe_device,
@@ -35,13 +37,18 @@ from utils import (
     memory_format,
     new_parser,
     number,
+    on_first,
     open_log,
     pick_device,
+    progress,
+    rank,
+    ranks,
     read_json,
     refuse_changes,
     replacing,
     run_script,
     save_checkpoint,
+    share_buffers,
     standard_error,
     stream,
     write_csv,
@@ -71,6 +78,7 @@ PRESETS = {  # (data set, alone): defaults
 }
 # What may differ between a run and its continuation; everything else decides what is learned.
 FREE = {"data_dir", "device", "workers", "val_interval", "resume", "overwrite", "out_dir", "exp_name"}
+Network = Supernet | DistributedDataParallel
 METRICS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
 EVALUATION_BATCH = 250
 CHECK_EVERY = 100  # steps between two looks at the loss, which wait for the device
@@ -179,41 +187,53 @@ def build_optimizer(model: Supernet, args: argparse.Namespace) -> torch.optim.SG
     return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
 
 
+def parallel(model: Supernet) -> Network:
+    """The network to train with: under torchrun a wrapper that averages the ranks' gradients."""
+    if ranks() == 1:
+        return model
+    # All ranks draw the same path, so what is unused on one is unused on all: its gradient stays None.
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def bare(network: Network) -> Supernet:
+    """The supernet inside of what `parallel` made."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
 def train_epoch(
-    model: Supernet, batches: Batches, optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
+    network: Network, batches: Batches, optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
 ) -> tuple[float, float]:
     """One pass over the training images, a new path at every step; returns mean loss and top-1 accuracy in percent.
 
     epoch: how many are finished. Raises UserError with epoch and step if the loss or a weight stops being finite.
     """
-    model.train()
+    network.train()
     rng = stream(args.seed, f"train {epoch}")
-    steps, seen, losses = batches.steps(), 0, []
-    correct = torch.zeros((), dtype=torch.long, device=batches.device)
+    steps, losses, hits = batches.steps(), [], []
     images = batches.epoch(args.seed, epoch, args.cutout)
-    for step, (x, y) in enumerate(tqdm(images, f"epoch {epoch + 1}", steps, leave=False, disable=None)):
+    for step, (x, y) in enumerate(progress(images, f"epoch {epoch + 1}", steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch, step / steps)
-        choice = model.sample_choice(rng)
+        choice = bare(network).sample_choice(rng)
         optimizer.zero_grad(set_to_none=True)  # a zero gradient would let momentum and decay move idle blocks
         with autocast(args.precision, batches.device):
-            logits = model(x, choice)
+            logits = network(x, choice)
         loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
         loss.backward()
         optimizer.step()
-        seen += len(y)
-        losses.append(loss.detach() * len(y))
-        correct += (logits.argmax(1) == y).sum()
+        losses.append(loss.detach())
+        hits.append((logits.argmax(1) == y).float().mean())
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            check_finite(losses, epoch)
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
+            check_finite(add_up(torch.stack(losses)), epoch)
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise UserError(f"the weights are no longer finite after epoch {epoch + 1}; lower --learning_rate")
-    return torch.stack(losses).sum().item() / seen, 100 * correct.item() / seen
+    loss, accuracy = add_up(torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))).tolist()
+    return loss / ranks(), 100 * accuracy / ranks()
 
 
-def check_finite(losses: list[torch.Tensor], epoch: int) -> None:
-    """Raises UserError with the first step of the epoch whose loss is not finite."""
-    bad = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
+def check_finite(losses: Tensor, epoch: int) -> None:
+    """Raises UserError with the first step of the epoch whose loss is not finite; losses: one for each step so far."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
             f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}; lower --learning_rate "
@@ -226,11 +246,11 @@ def evaluate(model: Supernet, batches: Batches, paths: Sequence[Choice]) -> dict
     """Mean loss, top-1 and top-5 accuracy in percent with the running statistics, batch i through paths[i]."""
     model.eval()
     totals = torch.zeros(3, device=batches.device)
-    for (x, y), choice in zip(batches, paths, strict=True):
-        logits = model(x, choice)
+    for i, (x, y) in batches.share():
+        logits = model(x, paths[i])
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         totals += torch.stack((F.cross_entropy(logits, y, reduction="sum"), hits[:, 0].sum(), hits.sum()))
-    loss, top1, top5 = (totals / len(batches.labels)).tolist()
+    loss, top1, top5 = (add_up(totals) / len(batches.labels)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
@@ -253,6 +273,11 @@ def check_folder(folder: Path, args: argparse.Namespace) -> None:
 def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> dict[str, Batches]:
     """Batches of the three splits; with --train_on all the search split is trained on as well."""
     train = dataset.train + dataset.search if args.train_on == "all" else dataset.train
+    if ranks() > 1 and (args.batch_size % ranks() or args.batch_size > len(train)):
+        raise UserError(
+            f"--batch_size {args.batch_size} is that of all {ranks()} ranks together: take a multiple of {ranks()}, "
+            f"at most the {len(train)} training images"
+        )
     sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
     splits = {"train": train, "search": dataset.search, "test": dataset.test}
     return {name: Batches(dataset, splits[name], sizes[name], device, args.workers) for name in splits}
@@ -266,7 +291,7 @@ def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device
     return model.to(device, memory_format=memory_format(device))
 
 
-def take_path(model: Supernet, weights: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+def take_path(model: Supernet, weights: dict[str, Tensor], args: argparse.Namespace) -> None:
     """Gives a single architecture the weights that it has in a supernet; raises UserError if they do not fit."""
     try:
         model.load_path(weights, parse_choice(args.choice))
@@ -288,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
     device = pick_device(args.device)
-    check_folder(folder, args)
+    on_first(lambda: check_folder(folder, args))
     open_log(folder / "log.txt" if checkpoint else None)
     rows = checkpoint["metrics"] if checkpoint else []
     if len(rows) == args.epochs and (args.choice is None or (folder / "result.json").exists()):
@@ -305,8 +330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         take_path(model, weights, args)
     optimizer = build_optimizer(model, args)
     if checkpoint is None:
-        delete_files(folder, RUN_FILES)
-        delete_files(folder / "search", SEARCH_FILES)
+        if rank() == 0:
+            delete_files(folder, RUN_FILES)
+            delete_files(folder / "search", SEARCH_FILES)
         open_log(folder / "log.txt")
         if args.resume:
             log.info(f"nothing to resume in {folder}: beginning anew")
@@ -315,10 +341,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         log.info(f"resuming after epoch {len(rows)}")
     describe(dataset, data, model, device)
-    write_json(folder / "args.json", vars(args) | {"torch": torch.__version__, "device_name": describe_device(device)})
+    if rank() == 0:
+        about = {"torch": torch.__version__, "device_name": describe_device(device), "ranks": ranks()}
+        write_json(folder / "args.json", vars(args) | about)
     train(model, data, optimizer, args, rows, dataset.facts())
     if args.choice:
-        export(folder / "model.pt2", model, parse_choice(args.choice), dataset.mean, dataset.std)
+        if rank() == 0:
+            export(folder / "model.pt2", model, parse_choice(args.choice), dataset.mean, dataset.std)
         write_result(folder, model, data, args)
     log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
     if args.choice is None:
@@ -334,18 +363,24 @@ def train(
     facts: dict,
 ) -> None:
     """The epochs that `rows` does not have yet; each one ends with its row, a checkpoint and a line of the log."""
-    folder = Path(args.out_dir, args.exp_name)
-    start, begun = time.time(), len(rows)
+    network, start, begun = parallel(model), time.time(), len(rows)
     while len(rows) < args.epochs:
-        rows.append(run_epoch(model, data, optimizer, args, len(rows)))
+        rows.append(run_epoch(network, data, optimizer, args, len(rows)))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"epoch": len(rows), "args": vars(args), "data": facts, "metrics": rows}
-        save_checkpoint(folder / "last.pth", state)
-        write_csv(folder / "metrics.csv", rows, METRICS)
-        if len(rows) % max(1, args.epochs // 50) == 0 or len(rows) == args.epochs:
-            plot_training(rows, folder / "training.png", validated_on(args))
+        if rank() == 0:
+            record(Path(args.out_dir, args.exp_name), state, args)
         left = (time.time() - start) / (len(rows) - begun) * (args.epochs - len(rows))
         log.info(f"{epoch_line(rows[-1], args)}  left {duration(left)}")
+
+
+def record(folder: Path, state: dict, args: argparse.Namespace) -> None:
+    """Writes the checkpoint after an epoch, and the table and from time to time the picture of all epochs."""
+    rows = state["metrics"]
+    save_checkpoint(folder / "last.pth", state)
+    write_csv(folder / "metrics.csv", rows, METRICS)
+    if len(rows) % max(1, args.epochs // 50) == 0 or len(rows) == args.epochs:
+        plot_training(rows, folder / "training.png", validated_on(args))
 
 
 def validated_on(args: argparse.Namespace) -> str:
@@ -354,12 +389,14 @@ def validated_on(args: argparse.Namespace) -> str:
 
 
 def run_epoch(
-    model: Supernet, data: dict[str, Batches], optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
+    network: Network, data: dict[str, Batches], optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
 ) -> dict:
     """Trains one epoch and validates after it if it is time to; returns its row of metrics.csv."""
     start = time.time()
     row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch, 0)}
-    row["train_loss"], row["train_acc"] = train_epoch(model, data["train"], optimizer, args, epoch)
+    row["train_loss"], row["train_acc"] = train_epoch(network, data["train"], optimizer, args, epoch)
+    model = bare(network)
+    share_buffers(model)
     due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
     if due and args.train_on == "train":
         result = evaluate(model, data["search"], random_paths(model, data["search"], args.seed))
@@ -399,7 +436,8 @@ def write_result(folder: Path, model: Supernet, data: dict[str, Batches], args: 
         result["test_top5"] = measured["top5"]
     result |= {"flops_m": model.flops(paths[0]) / 1e6, "params_m": model.params(paths[0]) / 1e6}
     result |= {name: getattr(args, name) for name in ("dataset", "train_on", "epochs", "seed", "supernet_accuracy")}
-    write_json(folder / "result.json", result)
+    if rank() == 0:
+        write_json(folder / "result.json", result)
     log.info(
         f"test      top-1 {measured['top1']:.2f}% +- {result['standard_error']:.2f} on {images:,} images, "
         f"{result['flops_m']:.1f}M multiply-adds, {result['params_m']:.2f}M parameters"

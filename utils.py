@@ -12,12 +12,20 @@ import os
 import pickle
 import random
 import sys
+import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+T = TypeVar("T")
 
 log = logging.getLogger("spos")
 
@@ -32,19 +40,37 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[list[str] | None], None]) -> None:
-    """Runs a script's main; turns a UserError into one line and exit code 1, Ctrl-C into exit code 130."""
+    """Runs a script's main, under torchrun together with the other ranks.
+
+    Turns a UserError into one line and exit code 1, Ctrl-C into exit code 130.
+    """
     keep_freed_memory()
     try:
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(timeout=timedelta(hours=1))  # rank 0 may download for long
         main(None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         # An error that crossed a data loader's worker carries the worker's traceback; its last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        sys.exit(f"error: {line}")
+        _fail(line)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
+        _fail(f"the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
+    except (RuntimeError, dist.DistError) as error:
+        if ranks() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+            raise
+        _fail(f"rank {rank()} has lost another rank, see above or below ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(line: str) -> None:
+    """Ends the process with one line; a rank waits first, since rank 0 may be saying the same, which ends them all."""
+    if rank() > 0:
+        time.sleep(5)
+    sys.exit(f"error: {line}")
 
 
 def keep_freed_memory() -> None:
@@ -118,6 +144,55 @@ def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
             raise UserError(f"{what} has {name} {before.get(name)}, this command {value}; {advice}")
 
 
+# Ranks: the processes that torchrun started together; there is one, number 0, without it
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, by rank; every rank must call it."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, the only one that calls it. If it fails there, torchrun ends the others."""
+    return gather(make() if rank() == 0 else None)[0]
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Rank 0 is through with the block before the others enter it."""
+    if rank() > 0:
+        gather(None)
+    yield
+    if rank() == 0:
+        gather(None)
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every rank the buffers of rank 0: in training each collects BatchNorm's statistics over its own images."""
+    for buffer in model.buffers() if ranks() > 1 else ():
+        dist.broadcast(buffer, src=0)
+
+
 # Randomness, device, log
 
 
@@ -132,11 +207,19 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, or for "auto" an accelerator if there is one; raises UserError if it cannot be used."""
+    """The device of that name, or for "auto" an accelerator if there is one; raises UserError if it cannot be used.
+
+    Under torchrun each rank of a machine takes the accelerator with its own number.
+    """
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if ranks() > 1 and name != "cpu":
+        name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if ranks() > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = ["cpu"]
         if accelerator := torch.accelerator.current_accelerator(check_available=True):
@@ -180,7 +263,9 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def open_log(path: Path | None) -> None:
-    """Sends the log to standard output and, if there is a path, to the end of that file."""
+    """Sends the log to standard output and, if there is a path, to the end of that file; rank 0's only."""
+    if rank() > 0:
+        return
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -191,6 +276,11 @@ def open_log(path: Path | None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+
+
+def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+    """The same items, with a bar while they are worked on: on a terminal only, and on rank 0."""
+    return tqdm(items, title, total, leave=False, disable=True if rank() > 0 else None)
 
 
 def duration(seconds: float) -> str:

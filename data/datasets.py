@@ -18,9 +18,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transform
-from tqdm import tqdm
 
-from utils import UserError, log, refuse_changes
+from utils import UserError, first_goes_first, log, progress, refuse_changes
 
 # The largest images that are decoded once and kept on the device, and how much room they may take there.
 RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
@@ -125,7 +124,8 @@ def _cifar10(root: Path) -> Dataset:
     had_archive = archive.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
+        with first_goes_first():
+            train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         folder = root / CIFAR10.base_folder
         parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
@@ -244,7 +244,7 @@ def decode(files: list[str], image_size: int, workers: int) -> Tensor:
 
     images = np.empty((len(files), image_size, image_size, 3), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(tqdm(pool.map(read, files), "reading images", len(files), disable=None, leave=False)):
+        for i, image in enumerate(progress(pool.map(read, files), "reading images", len(files))):
             images[i] = image
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data.augment import crop_and_flip, cutout, normalise, streamed_transform
 from data.datasets import Dataset, Split, read_image
-from utils import UserError, generator, memory_format
+from utils import UserError, generator, memory_format, rank, ranks
 
 Batch = tuple[Tensor, Tensor]
 
@@ -18,7 +18,8 @@ class Batches:
     """The batches of one split, as pairs of images (N, 3, S, S) float and labels (N,), both on the device.
 
     Small images live on the device as one uint8 tensor; files are read by worker processes as they are needed.
-    Iterating goes through the split in order; `epoch` gives the shuffled, augmented batches of a training epoch.
+    Iterating goes through the split in order, the same on every rank; `share` gives a rank its part of that, `epoch`
+    its part of the shuffled, augmented batches of a training epoch.
     """
 
     def __init__(self, dataset: Dataset, split: Split, batch_size: int, device: torch.device, workers: int = 0):
@@ -34,43 +35,60 @@ class Batches:
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        in_order = torch.arange(len(self.labels)).split(self.batch_size)
+        return self._in_order(0, 1)
+
+    def share(self) -> Iterator[tuple[int, Batch]]:
+        """The numbers of this rank's batches and the batches; together the ranks have each one once."""
+        return zip(range(rank(), len(self), ranks()), self._in_order(rank(), ranks()), strict=True)
+
+    def _in_order(self, first: int, step: int) -> Iterator[Batch]:
+        batches = torch.arange(len(self.labels)).split(self.batch_size)[first::step]
         if self.files is None:
-            for indices in in_order:
+            for indices in batches:
                 images = self.pixels[indices[0] : indices[-1] + 1].permute(0, 3, 1, 2)
                 yield self._plain(images), self.labels[indices[0] : indices[-1] + 1]
         else:
-            yield from self._streamed(in_order, streamed_transform(self.dataset.image_size, train=False))
+            yield from self._streamed(batches, streamed_transform(self.dataset.image_size, train=False))
 
     def steps(self) -> int:
         """Batches of a training epoch: the last one is dropped if it is incomplete, unless it is the only one."""
         return max(1, len(self.labels) // self.batch_size)
 
     def epoch(self, seed: int, epoch: int, cutout_length: int = 0) -> Iterator[Batch]:
-        """The batches of one training epoch; their order and augmentation depend on (seed, epoch) alone."""
+        """The batches of one training epoch; their order and augmentation depend on (seed, epoch) alone.
+
+        Of each batch a rank gets every n-th image, n being the number of ranks.
+        """
         rng = generator(seed, f"images {epoch}")
-        shuffled = torch.randperm(len(self.labels), generator=rng).split(self.batch_size)[: self.steps()]
+        order = torch.randperm(len(self.labels), generator=rng)
+        places = torch.arange(len(order)).split(self.batch_size)[: self.steps()]
+        places = [batch[rank() :: ranks()] for batch in places]
         if self.files is None:
-            yield from self._augmented(shuffled, rng, cutout_length)
+            yield from self._augmented(order, places, rng, cutout_length)
         else:
             transform = streamed_transform(self.dataset.image_size, train=True)
-            yield from self._streamed(shuffled, transform, torch.randint(2**62, (1,), generator=rng).item())
+            seed = torch.randint(2**62, (1,), generator=rng).item()
+            yield from self._streamed([order[batch] for batch in places], transform, seed)
 
-    def _augmented(self, shuffled: Sequence[Tensor], rng: torch.Generator, cutout_length: int) -> Iterator[Batch]:
+    def _augmented(self, order: Tensor, places: list[Tensor], rng: torch.Generator, length: int) -> Iterator[Batch]:
         side = self.dataset.image_size
         padding = side // 8
+        mine, sizes = torch.cat(places), [len(batch) for batch in places]
 
-        def draws(high: int) -> Iterator[Tensor]:  # for the whole epoch at once: one transfer, no waiting in a step
-            return torch.randint(high, (len(self.labels),), generator=rng).to(self.device).split(self.batch_size)
+        def spread(values: Tensor) -> Sequence[Tensor]:  # for the whole epoch at once: no waiting in a step
+            return values[mine].to(self.device).split(sizes)
 
-        down, right, flip = draws(2 * padding + 1), draws(2 * padding + 1), draws(2)
+        def draws(high: int) -> Sequence[Tensor]:
+            return spread(torch.randint(high, (len(order),), generator=rng))
+
+        chosen, down, right, flip = spread(order), draws(2 * padding + 1), draws(2 * padding + 1), draws(2)
         row, column = draws(side), draws(side)
-        for i, indices in enumerate(torch.cat(tuple(shuffled)).to(self.device).split(self.batch_size)):
+        for i, indices in enumerate(chosen):
             mirrored = flip[i].bool() & self.dataset.flip
             images = crop_and_flip(self.pixels[indices].permute(0, 3, 1, 2), down[i], right[i], mirrored, padding)
             images = normalise(images, self.mean, self.std)
-            if cutout_length:
-                images = cutout(images, row[i], column[i], cutout_length)
+            if length:
+                images = cutout(images, row[i], column[i], length)
             yield images.contiguous(memory_format=self.memory_format), self.labels[indices]
 
     def _streamed(self, batches: Sequence[Tensor], transform, seed: int | None = None) -> Iterator[Batch]:

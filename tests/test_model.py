@@ -422,24 +422,6 @@ def test_children_that_fail_are_drawn_at_random(small: Supernet, parents: list) 
 # Walking many paths
 
 
-@pytest.mark.parametrize("affine", [False, True])
-def test_folding_changes_no_logits_and_no_training(affine: bool) -> None:
-    model, choice = build(10, 16, affine=affine), draw(1)[0]
-    rng = torch.Generator().manual_seed(1)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        for tensor in (norm.running_mean, norm.running_var, *norm.parameters()):
-            tensor.data.uniform_(0.5, 2, generator=rng)
-    x, called = images(8, 16), []
-    model.layers[0][NAMES[choice[0]]].main[1].register_forward_hook(lambda *_: called.append(1))
-    for mode in (True, False):
-        results = []
-        for folded in (False, True):
-            model.train(mode).fold(folded)
-            results.append(model(x, choice))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert len(called) == 3  # in eval mode, folded, BatchNorm itself computes nothing
-
-
 def neighbours() -> list[tuple[int, ...]]:
     """Sorted, with common beginnings of every length from 0 to 19."""
     rng, first = random.Random(5), draw(1)[0]
