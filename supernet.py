@@ -192,7 +192,7 @@ def parallel(model: Supernet) -> Network:
     if ranks() == 1:
         return model
     # All ranks draw the same path, so what is unused on one is unused on all: its gradient stays None.
-    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False)
 
 
 def bare(network: Network) -> Supernet:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,12 +57,13 @@ def run_script(main: Callable[[list[str] | None], None]) -> None:
         _fail(line)
     except torch.OutOfMemoryError as error:
         _fail(f"the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
-    except (RuntimeError, dist.DistError) as error:
-        if ranks() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
-            raise
-        _fail(f"rank {rank()} has lost another rank, see above or below ({str(error).splitlines()[0]})")
+    except RuntimeError:
+        if ranks() > 1:
+            time.sleep(5)  # another rank may have failed, and this one only lost it; torchrun ends both
+        raise
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
         sys.exit(130)
 
 
@@ -112,12 +113,18 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        hint = "; for several processes use torchrun, which passes no such flag" if "--local" in message else ""
+        super().error(message + hint)
+
+
 def new_parser(description: str, data_dir: str | None = "./data") -> argparse.ArgumentParser:
     """A parser with the flags that both scripts have; help shows every default.
 
     data_dir: its default; None stands for the folder that a checkpoint was trained on.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     where = "where the data set lies" + (" or is downloaded to" if data_dir else "; by default where training found it")
     seeds = number(int, 0, 2**32 - 1)
     parser.add_argument("--data_dir", default=data_dir, help=where)

@@ -1,16 +1,10 @@
 """Data sets, splits, batches and augmentation, each against a plain reference; no test needs a network."""
 
 import gzip
-import hashlib
 import http.client
 import io
-import pickle
 import random
-import shutil
 import struct
-import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import data.datasets
+from conftest import noise
 from data.augment import crop_and_flip, cutout
 from data.datasets import IMAGENET_NORM, Dataset, Split, channel_statistics, load_dataset
 from data.loaders import Batches
@@ -31,10 +26,6 @@ CPU = torch.device("cpu")
 
 
 # Helpers and fixtures
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -96,67 +87,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-class Response(io.BytesIO):
-    """What urlopen returns; once its content is read it ends, or breaks off with an exception."""
-
-    def __init__(self, url: str, content: bytes, end: BaseException | None):
-        super().__init__(content)
-        self.url, self.length, self.end = url, len(content), end
-
-    def read(self, size: int = -1) -> bytes:
-        chunk = super().read(size)
-        if not chunk and self.end:
-            raise self.end
-        return chunk
-
-
-class Cifar:
-    """A CIFAR-10 of 6 x 40 images of noise in torchvision's layout, and the network that it might be fetched over."""
-
-    def __init__(self, folder: Path):
-        self.files, self.images, self.labels = {}, {}, {}
-        for i, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
-            self.images[name], self.labels[name] = noise(40, 3072, seed=i), [(n * 7 + i) % 10 for n in range(40)]
-            self.files[name] = pickle.dumps({"data": self.images[name], "labels": self.labels[name]})
-        self.files["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
-        for name, content in self.files.items():
-            (folder / CIFAR10.base_folder).mkdir(exist_ok=True)
-            (folder / CIFAR10.base_folder / name).write_bytes(content)
-        with tarfile.open(folder / CIFAR10.filename, "w:gz", compresslevel=1) as tar:
-            tar.add(folder / CIFAR10.base_folder, CIFAR10.base_folder)
-        self.source, self.archive = folder, (folder / CIFAR10.filename).read_bytes()
-
-    def install(self, root: Path, archive: bool, folder: bool) -> None:
-        if archive:
-            (root / CIFAR10.filename).write_bytes(self.archive)
-        if folder:
-            shutil.copytree(self.source / CIFAR10.base_folder, root / CIFAR10.base_folder)
-
-    def urlopen(self, request, *_, **__) -> Response:
-        self.calls.append(request.full_url)
-        if self.served is None:
-            raise urllib.error.URLError("no route to host")
-        return Response(request.full_url, self.served, self.end)
-
-
-@pytest.fixture(scope="module")
-def tiny_cifar(tmp_path_factory):
-    return Cifar(tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture
-def cifar(tiny_cifar, monkeypatch):
-    """The tiny CIFAR-10 with its checksums in torchvision's class and no network."""
-    sums = {name: hashlib.md5(content).hexdigest() for name, content in tiny_cifar.files.items()}
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(tiny_cifar.archive).hexdigest())
-    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{n}", sums[f"data_batch_{n}"]] for n in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
-    monkeypatch.setattr(urllib.request, "urlopen", tiny_cifar.urlopen)
-    tiny_cifar.calls, tiny_cifar.served, tiny_cifar.end = [], None, None
-    return tiny_cifar
 
 
 # Digits

@@ -1,0 +1,28 @@
+"""Started by torchrun in test_ranks.py: supernet.py, except that every rank leaves what it has trained in $LEFT."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import supernet
+from utils import rank, run_script
+
+trained_alone = supernet.train
+
+
+def train(model, *rest):
+    trained_alone(model, *rest)
+    moved = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    torch.save({"weights": model.state_dict(), "moved": moved}, Path(os.environ["LEFT"], f"{rank()}.pth"))
+
+
+if __name__ == "__main__":
+    for name, value in json.loads(os.environ["CIFAR10"]).items():
+        setattr(CIFAR10, name, value)
+    supernet.train = train
+    run_script(supernet.main)

@@ -1,0 +1,194 @@
+"""Several ranks under torchrun, on CPUs: the same as one process, or an error that ends them all."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data.loaders
+import random_search
+import supernet
+from conftest import ROOT, TINY, Cifar, Run, noise
+from data.datasets import Dataset, Split, load_dataset
+from data.loaders import Batches
+from model import Supernet
+from utils import load_checkpoint, stream
+
+CPU = torch.device("cpu")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*command: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TORCHRUN, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun's ranks have it: these networks, hardly trained, magnify every difference of rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_cifar: Cifar, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Three steps of two ranks on the tiny CIFAR-10, of which there is only the archive at first."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_cifar.install(folder, archive=True, folder=False)
+    flags = ["--data_dir", folder, "--out_dir", folder, "--exp_name", "two", "--epochs", "1", "--batch_size", "60"]
+    process = torchrun(ROOT / "tests/on_ranks.py", *flags, LEFT=str(folder), CIFAR10=json.dumps(tiny_cifar.attributes))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    left = [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    return SimpleNamespace(folder=folder, flags=list(map(str, flags)), out=out, left=left)
+
+
+def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(trained, cifar, one_thread) -> None:
+    """pytorch/pytorch#90171, pytorch/pytorch#69031: one path a step; BatchNorm is that of each half."""
+    args, _ = supernet.parse_args(trained.flags)
+    dataset = load_dataset("cifar10", args.data_dir, 32)
+    model = supernet.build_model(dataset, args, CPU)
+    begun = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer, rng, idle = supernet.build_optimizer(model, args), stream(0, "train 0"), dict(model.named_parameters())
+    for x, y in Batches(dataset, dataset.train, 60, CPU).epoch(0, 0):
+        choice, gradients = model.sample_choice(rng), []
+        for half in range(2):
+            model.zero_grad()
+            F.cross_entropy(model(x[half::2], choice), y[half::2]).backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for parameter, first, second in zip(model.parameters(), *gradients, strict=True):
+            parameter.grad = None if first is None else (first + second) / 2
+        optimizer.step()
+        on_path = [name for name, p in model.named_parameters() if p.grad is not None]
+        for name in on_path:
+            idle.pop(name, None)
+    first, second = (left["weights"] for left in trained.left)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(first[name], parameter.detach(), rtol=0, atol=1e-6)
+    assert idle and all(torch.equal(first[name], begun[name]) for name in idle)
+    assert trained.left[0]["moved"] == trained.left[1]["moved"] == on_path
+
+
+def test_one_rank_writes_a_checkpoint_that_any_number_of_ranks_loads(trained, cifar) -> None:
+    """pytorch/tutorials#3065, microsoft/nni#2958: one log, one writer, no prefix in the weights' names."""
+    assert trained.out.count("epoch 1/1") == trained.out.count("network") == 1
+    assert (trained.folder / "two/log.txt").read_text().count("epoch 1/1") == 1
+    path = trained.folder / "two/last.pth"
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["model"].keys() == Supernet(10, 32).state_dict().keys()
+    assert all(torch.equal(value, trained.left[0]["weights"][name]) for name, value in checkpoint["model"].items())
+    checkpoint["args"]["epochs"] = 2
+    torch.save(checkpoint, path)
+    supernet.main([*trained.flags, "--epochs", "2", "--resume"])
+    assert load_checkpoint(path)["epoch"] == 2
+
+
+def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar) -> None:
+    checkpoint = load_checkpoint(trained.folder / "two/last.pth")
+    dataset = load_dataset("cifar10", str(trained.folder), 32)
+    model = Supernet(10, 32)
+    model.load_state_dict(trained.left[0]["weights"])
+    batches = Batches(dataset, dataset.search, supernet.EVALUATION_BATCH, CPU)
+    alone = supernet.evaluate(model, batches, supernet.random_paths(model, batches, 0))
+    row = checkpoint["metrics"][0]
+    assert (row["val_acc"], row["val_loss"]) == (alone["top1"], pytest.approx(alone["loss"], abs=1e-5))
+
+
+@pytest.fixture
+def batches_of(monkeypatch: pytest.MonkeyPatch):
+    """Batches of 7 of 47 images, as rank r of n sees them."""
+    split = Split(torch.from_numpy(noise(47, 3, 8, 8)), torch.arange(47))
+    dataset = Dataset("cifar10", 8, [str(i) for i in range(47)], (0.5,) * 3, (0.2,) * 3, split, split, split)
+
+    def seen(rank: int, ranks: int) -> Batches:
+        monkeypatch.setattr(data.loaders, "rank", lambda: rank)
+        monkeypatch.setattr(data.loaders, "ranks", lambda: ranks)
+        return Batches(dataset, split, 6, CPU)
+
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 11])
+def test_the_ranks_shares_of_a_validation_hold_every_image_once(batches_of, ranks: int) -> None:
+    shares = [list(batches_of(rank, ranks).share()) for rank in range(ranks)]
+    assert sorted(number for share in shares for number, _ in share) == list(range(8))
+    assert sorted(label for share in shares for _, (_, y) in share for label in y.tolist()) == list(range(47))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_of, ranks: int) -> None:
+    """pytorch/pytorch#31771; the augmentation of an image does not depend on the number of ranks."""
+    orders = set()
+    for epoch in range(2):
+        alone = list(batches_of(0, 1).epoch(0, epoch, cutout_length=3))
+        shares = [list(batches_of(rank, ranks).epoch(0, epoch, cutout_length=3)) for rank in range(ranks)]
+        for (x, y), *parts in zip(alone, *shares, strict=True):
+            assert all(torch.equal(part_y, y[rank::ranks]) for rank, (_, part_y) in enumerate(parts))
+            assert all(torch.equal(part_x, x[rank::ranks]) for rank, (part_x, _) in enumerate(parts))
+        orders.add(tuple(label for _, y in alone for label in y.tolist()))
+    assert len(orders) == 2
+
+
+def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path, one_thread) -> None:
+    random_search.main([*search.flags, "--search_dir", str(tmp_path / "one")])
+    process = torchrun("random_search.py", *search.flags, "--search_dir", tmp_path / "two")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("choice  ") == 1
+
+    def rows(folder: Path) -> list[dict]:
+        with open(folder / "paths.csv", newline="") as file:
+            return sorted(csv.DictReader(file), key=lambda row: (row["generation"], int(row["index"])))
+
+    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert [row | {"loss": ""} for row in ours] == [row | {"loss": ""} for row in theirs]
+    losses = ([float(row["loss"]) for row in part] for part in (ours, theirs))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+    for name in ("histogram.png", "pareto.png", "choices.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_once(tmp_path: Path) -> None:
+    process = torchrun("supernet.py", *TINY, "--batch_size", "33", "--out_dir", tmp_path)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and err.count("error: ") == 1
+    assert "error: --batch_size 33 is that of all 2 ranks together: take a multiple of 2" in err
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    process = torchrun("supernet.py", *TINY, "--epochs", "1000", "--out_dir", tmp_path)
+    log = tmp_path / "spos_cifar10/log.txt"
+    while process.poll() is None and not (log.exists() and "epoch" in log.read_text()):
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == 1 and len(children) == 2
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
+def test_the_flag_of_old_launchers_gets_a_hint(flag: str, capsys: pytest.CaptureFixture) -> None:
+    """skycrapers/TecoGAN-PyTorch#31."""
+    with pytest.raises(SystemExit, match="2"):
+        supernet.parse_args([flag])
+    assert "torchrun" in capsys.readouterr().err
