@@ -23,6 +23,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -391,10 +392,12 @@ def load_checkpoint(path: Path) -> dict:
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"{path} is not a checkpoint of supernet.py, or is damaged ({reason})") from None
-    expected = {"model", "optimizer", "epoch", "args", "data"}
-    if not isinstance(content, dict) or not expected <= content.keys():
-        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {found}, not {sorted(expected)}")
+    expected = {"model": dict, "optimizer": dict, "epoch": int, "args": dict, "data": dict, "metrics": list}
+    found = content if isinstance(content, dict) else {}
+    if not all(isinstance(found.get(name), kind) for name, kind in expected.items()):
+        holds = sorted(map(str, found))[:5] or type(content).__name__
+        raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {holds}, not {list(expected)}")
+    consume_prefix_in_state_dict_if_present(content["model"], "module.")  # of a wrapper for several GPUs
     return content
 
 

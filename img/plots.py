@@ -1,11 +1,13 @@
 """Every picture, drawn from rows of a CSV file without a display. The only module that imports matplotlib.
 
-`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it; without a file it redraws
-single_path.png, which needs none.
+`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it. With a search's paths.csv and the
+result.json of architectures that were trained alone, it also draws how well the one predicts the other. Without a file
+it redraws single_path.png, which needs none.
 """
 
 import argparse
 import csv
+import json
 import math
 import random
 from pathlib import Path
@@ -175,6 +177,55 @@ def plot_search(rows: list[dict], folder: Path, split: str = "search") -> None:
         plot_evolution(rows, folder / "evolution.png", split)
 
 
+def kendall(first: np.ndarray, second: np.ndarray) -> float:
+    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one of them is constant."""
+    a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
+    with np.errstate(invalid="ignore"):
+        return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def kendall_interval(first: np.ndarray, second: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """The middle 95% of Kendall's tau over bootstrap samples of the pairs."""
+    samples = np.random.default_rng(0).integers(len(first), size=(draws, len(first)))
+    return tuple(np.nanpercentile([kendall(first[sample], second[sample]) for sample in samples], [2.5, 97.5]))
+
+
+def plot_standalone(rows: list[dict], results: list[dict], path: Path) -> list[str]:
+    """The supernet's scores against test accuracies of the same architectures trained alone; returns lines to print.
+
+    rows: of paths.csv; results: contents of result.json, several of a choice are seeds. The rank correlation is that of
+    the random architectures: without the controls, the search's best and evolution's, which were not drawn at random.
+    """
+    rows = [row for row in rows if math.isfinite(float(row["loss"]))]
+    best = max((row for row in rows if int(row["generation"]) >= 0), key=lambda row: float(row["accuracy"]))["choice"]
+    kinds = {"random": (BLUE, "o"), "single block": (GREEN, "^"), "search's best": (ORANGE, "D")}
+    points: dict[str, tuple[str, float, list[float]]] = {}
+    for row in rows:
+        kind = "single block" if int(row["generation"]) < 0 else "random"
+        kind = "search's best" if row["choice"] == best else kind
+        alone = [result["test_accuracy"] for result in results if result["choice"] == row["choice"]]
+        if alone and (int(row["generation"]) <= 0 or row["choice"] == best):
+            points[row["choice"]] = kind, float(row["accuracy"]), alone
+    figure, axis = _axes()
+    for kind, (colour, marker) in kinds.items():
+        part = [(score, alone) for k, score, alone in points.values() if k == kind]
+        for score, alone in part:
+            axis.plot([score] * len(alone), alone, "-", color=colour, alpha=0.4)
+        means = [np.mean(alone) for _, alone in part]
+        axis.plot([score for score, _ in part], means, marker, color=colour, label=f"{kind} ({len(part)})")
+    axis.set(xlabel="top-1 with the supernet's weights (%)", ylabel="test top-1 trained alone (%)")
+    axis.legend(frameon=False)
+    _save(figure, path)
+    lines = [f"{kind}: {score:.2f}% -> {np.mean(alone):.2f}%" for kind, score, alone in points.values()]
+    drawn = [(score, np.mean(alone)) for kind, score, alone in points.values() if kind == "random"]
+    if len(drawn) > 2:
+        first, second = np.array(drawn).T
+        low, high = kendall_interval(first, second)
+        tau = f"{kendall(first, second):.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
+        lines.append(f"Kendall's tau of {len(drawn)} random architectures: {tau}")
+    return lines
+
+
 def plot_single_path(path: Path) -> None:
     """Three steps of single-path training: every layer has four candidates, each step trains one path through them."""
     rng = random.Random(4)
@@ -197,25 +248,35 @@ def plot_single_path(path: Path) -> None:
     _save(figure, path)
 
 
+def redraw(path: Path, split: str) -> list[dict]:
+    """Draws the pictures of a table beside it; returns the rows of a search, none for a run."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "train_loss" in rows[0]:
+        plot_training(rows, path.with_name("training.png"), "search split")
+        return []
+    if rows and "half_accuracy" in rows[0]:  # the file has them in the order in which they were scored
+        rows.sort(key=lambda row: (int(row["generation"]), int(row["index"])))
+        plot_search(rows, path.parent, split)
+        return rows
+    raise SystemExit(f"error: {path} is neither a paths.csv nor a metrics.csv with rows")
+
+
 def main() -> None:
-    """Redraws the pictures of CSV files beside them."""
-    parser = argparse.ArgumentParser(description="Redraws the pictures of paths.csv or metrics.csv files beside them.")
-    parser.add_argument("csv", nargs="*", type=Path, help="paths.csv of a search or metrics.csv of a run")
+    """Draws what the files on the command line hold."""
+    parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs from their files.")
+    parser.add_argument("files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv")
     parser.add_argument("--split", default="search", help="the images that a search scored on (default: search)")
     args = parser.parse_args()
-    if not args.csv:
+    if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
-    for path in args.csv:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if rows and "train_loss" in rows[0]:
-            plot_training(rows, path.with_name("training.png"), "search split")
-        elif rows and "half_accuracy" in rows[0]:  # the file has them in the order in which they were scored
-            plot_search(
-                sorted(rows, key=lambda row: (int(row["generation"]), int(row["index"]))), path.parent, args.split
-            )
-        else:
-            raise SystemExit(f"error: {path} is neither a paths.csv nor a metrics.csv with rows")
+    tables = [path for path in args.files if path.suffix != ".json"]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in args.files if path.suffix == ".json"]
+    rows = [row for path in tables for row in redraw(path, args.split)]
+    if results and not rows:
+        raise SystemExit("error: result.json files need the paths.csv of the search that scored their architectures")
+    if results:
+        print("\n".join(plot_standalone(rows, results, tables[0].with_name("standalone.png"))))
 
 
 if __name__ == "__main__":

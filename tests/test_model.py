@@ -131,6 +131,7 @@ def test_the_extremes_of_the_spaces_are_the_published_ones(small: Supernet, larg
 
 @pytest.mark.parametrize("side", [32, 64, 224])
 def test_flops_equal_what_hooks_count(small: Supernet, large: Supernet, side: int) -> None:
+    """megvii-model/ShuffleNet-Series#12, microsoft/nni#1849."""
     model = {32: small, 64: build(10, 64), 224: large}[side].eval()
     for choice in draw(2, seed=side):
         assert model.flops(choice) == hooked_multiply_adds(model, choice, side)
@@ -392,7 +393,20 @@ def test_limits_the_wrong_way_round_are_met_by_nothing(small: Supernet) -> None:
 # Breeding
 
 
+def test_a_tight_limit_shrinks_no_generation(small: Supernet) -> None:
+    """megvii-model/SinglePathOneShot#16, microsoft/Cream#59: ten generations below the 20th percentile of FLOPs."""
+    rng = random.Random(0)
+    limit = sorted(small.flops(small.sample_choice(rng)) for _ in range(1000))[200]
+    taken = set(small.sample_choices(rng, 50, None, limit))
+    for generation in range(1, 11):
+        parents = sorted(taken, key=small.flops)[-10:]  # those at the limit: half of their relatives are above it
+        children = small.breed(parents, taken, 50, 0.1, rng, None, limit)
+        taken |= set(children)
+        assert len(taken) == 50 * (generation + 1) and all(small.flops(child) <= limit for child in children)
+
+
 def test_mutation_and_crossover_follow_their_definition() -> None:
+    """mit-han-lab/gan-compression#64, mit-han-lab/once-for-all#1."""
     rng, first, second = random.Random(0), (0,) * 20, (1,) * 20
     assert mutate(first, 0, rng) == first
     assert all(set(mutate(choice, 1, rng)).isdisjoint(choice) for choice in (first, second))

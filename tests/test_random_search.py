@@ -1,6 +1,7 @@
 """random_search.py: the same numbers as a naive loop, a record that survives anything, honest statistics."""
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -17,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import random_search
-from conftest import ROOT, Run
-from data.datasets import load_dataset
+import supernet
+from conftest import ROOT, Run, noise
+from data.datasets import calibration_images, load_dataset
 from data.loaders import Batches
 from img.plots import ranking
 from model import Supernet
@@ -354,6 +357,72 @@ def test_a_checkpoint_never_executes(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("saved", ["by a wrapper", "on a GPU"])
+def test_a_supernet_that_was_saved_elsewhere_scores_the_same(search: Run, run: Run, tmp_path: Path, saved: str) -> None:
+    """pytorch/pytorch#3805: `module.` before every name; GlassyWu/KTDN#1: a file of another machine's fourth GPU."""
+    content = load_checkpoint(run.folder / "last.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        if saved == "by a wrapper":
+            content["model"] = {f"module.{name}": value for name, value in content["model"].items()}
+        else:
+            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save(content, tmp_path / "moved.pth")
+    random_search.main([*search.flags, "--ckpt", str(tmp_path / "moved.pth"), "--search_dir", str(tmp_path)])
+    assert rows(tmp_path) == rows(search.folder)
+    shutil.copytree(run.folder, tmp_path / "tiny")
+    shutil.copy(tmp_path / "moved.pth", tmp_path / "tiny/last.pth")
+    supernet.main([*run.flags, "--out_dir", str(tmp_path), "--resume"])  # complete: refuses nothing, trains nothing
+
+
+def test_what_was_trained_is_what_is_searched(tmp_path: Path) -> None:
+    """huggingface/pytorch-image-models#807: three classes have no top-5. Only --ckpt is given: data set, image size,
+    classes and normalisation come from the checkpoint, as ShunLu91/Single-Path-One-Shot-NAS's random_search.py did not.
+    """
+    for label, part in itertools.product("abc", ("train", "test")):
+        (tmp_path / part / label).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(noise(9, 11, 3, seed=ord(label) + i)).save(tmp_path / part / label / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", str(tmp_path), "--image_size", "8", "--batch_size", "8"]
+    supernet.main([*flags, "--epochs", "3", "--val_interval", "5", "--out_dir", str(tmp_path), "--exp_name", "net"])
+    with open(tmp_path / "net/metrics.csv", newline="") as file:
+        validated = [row["val_acc"] != "" for row in csv.DictReader(file)]
+    assert validated == [False, False, True]  # the last epoch always is, whatever the interval, and has its checkpoint
+    assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] == 3
+    random_search.main(["--ckpt", str(tmp_path / "net/last.pth"), "--num_paths", "2"])
+    result = found(tmp_path / "net/search")
+    assert result["statistics"]["images"] == 3 and len(result["top"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(search: Run, tmp_path: Path, kind: str) -> None:
+    """RexYing/diffpool#33."""
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" if kind == "a file" else tmp_path / "file/search"
+    with pytest.raises(UserError, match=r"cannot write to .*file.*--search_dir"):
+        random_search.main([*search.flags, "--search_dir", str(folder)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(search: Run) -> None:
+    """LuyaooChen/uninformed-students-pytorch#3."""
+    with pytest.raises(UserError, match=r"--device cuda:63 cannot be used; this machine has cpu"):
+        random_search.main([*search.flags, "--device", "cuda:63"])
+
+
+def test_few_calibration_images_are_one_batch_in_which_each_counts_the_same() -> None:
+    """xfey/pytorch-BigNAS#3, timgaripov/swa#10: no short last batch and no momentum distorts the mean."""
+    dataset = load_dataset("digits", "", 8)
+    dataset.train = dataset.train.subset(range(5))
+    dataset.train.images[:4], dataset.train.images[4] = 0, 255
+    model, few = Supernet(10, 8), calibration_images(dataset, 2000, random_search.CALIBRATION_BATCH)
+    batches = Batches(dataset, few, random_search.CALIBRATION_BATCH, CPU)
+    outputs = []
+    model.stem[0].register_forward_hook(lambda _, __, output: outputs.append(output))
+    with torch.inference_mode():
+        (mean, _), *_ = Scorer(model, batches, batches).calibrate([(0,) * 20])[0, ()]
+    torch.testing.assert_close(mean, torch.cat(outputs).mean((0, 2, 3)))
+
+
 def test_flops_limits_are_met_or_refused(run: Run, search: Run, tmp_path: Path) -> None:
     """open-mmlab/mmrazor#183: at once, with the extremes of the space and what lies next to the limits."""
     model = load(run)[0]
@@ -485,6 +554,14 @@ def test_an_evolution_of_other_settings_is_refused(evolved: Run, flag: str) -> N
     value = {"population": "5", "parents": "2", "mutation_prob": "0.5"}[flag]
     with pytest.raises(UserError, match=rf"{flag} (6|3|0.1), this command {value}"):
         random_search.main([*evolved.flags, f"--{flag}", value])
+
+
+def test_the_smallest_population_works(search: Run, tmp_path: Path) -> None:
+    """CanyonWind/Single-Path-One-Shot-NAS-MXNet#5."""
+    shutil.copytree(search.folder, tmp_path / "two")
+    flags = ["--generations", "2", "--population", "2", "--parents", "2", "--search_dir", str(tmp_path / "two")]
+    random_search.main([*search.flags, *flags])
+    assert [row["generation"] for row in rows(tmp_path / "two")].count("2") == 2
 
 
 def test_evolution_ends_when_too_few_architectures_are_left(run: Run, search: Run, tmp_path: Path) -> None:

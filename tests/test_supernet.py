@@ -51,7 +51,8 @@ def test_a_run_writes_what_it_promises(run: Run) -> None:
     assert list(rows[0]) == ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert json.loads((run.folder / "args.json").read_text())["dataset"] == "digits"
-    assert "random paths" in (run.folder / "log.txt").read_text()
+    log = (run.folder / "log.txt").read_text()
+    assert "random paths" in log and "device    cpu" in log
 
 
 def test_the_checkpoint_is_plain_data(run: Run) -> None:
@@ -300,6 +301,7 @@ def test_the_rate_falls_from_its_start_towards_zero(schedule: str, dataset: str)
         ["--weight_decay", "-0.1"],
         ["--seed", "-1"],
         ["--seed", "4294967296"],
+        ["--seed", "abc"],
         ["--workers", "-1"],
         ["--epo", "3"],
         ["--resume", "False"],
@@ -315,7 +317,7 @@ def test_the_rate_falls_from_its_start_towards_zero(schedule: str, dataset: str)
     ],
 )
 def test_wrong_usage_exits_with_2_before_any_work(flags: list[str], tmp_path: Path, monkeypatch) -> None:
-    """ACEsuit/mace#429, mllam/neural-lam#234, RasmussenLab/vamb#425."""
+    """ACEsuit/mace#429, mllam/neural-lam#234, RasmussenLab/vamb#425, bghira/SimpleTuner#97."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         supernet.main(flags)

@@ -1,0 +1,119 @@
+"""Whole processes: started, interrupted and killed as users and machines do it."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, TINY, Run, noise
+from utils import SEARCH_FILES, load_checkpoint
+
+
+def start(*command: object, **environment: str) -> subprocess.Popen:
+    script, *flags = map(str, command)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags],
+        env={"PATH": "/usr/bin:/bin"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> list[str]:
+    """Flags of a training whose images are read by two workers."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(noise(80, 90, 3, seed=i)).save(tmp_path / name / f"{i}.jpg")
+    flags = ["--dataset", "imagenet", "--data_dir", tmp_path, "--image_size", "72", "--batch_size", "8"]
+    return [*map(str, flags), "--out_dir", str(tmp_path), "--exp_name", "net", "--workers", "2"]
+
+
+def test_workers_may_be_spawned(streamed: list[str], tmp_path: Path) -> None:
+    """HazyResearch/cartridges#20, belskikh/kekas#26: as on Windows and macOS; nothing starts itself again."""
+    (tmp_path / "sitecustomize.py").write_text("import multiprocessing as m; m.set_start_method('spawn')")
+    process = start("supernet.py", *streamed, "--epochs", "1", PYTHONPATH=str(tmp_path))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out.count("network") == 1 and out.count("epoch 1/1") == 1
+
+
+def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed: list[str], tmp_path: Path) -> None:
+    """youngwanLEE/CenterMask#58, pytorch/pytorch#22924."""
+    process = start("supernet.py", *streamed, "--epochs", "1000")
+    while process.poll() is None and not (tmp_path / "net/last.pth").exists():
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(workers := children.read_text().split()) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=10)[1]
+    assert (process.returncode, err.count("\n")) == (130, 1) and "interrupted" in err
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] >= 1
+
+
+def test_every_file_name_is_portable(run: Run, search: Run) -> None:
+    """isl-org/Open3D-ML#620: no time stamp with colons, nothing that differs by case alone."""
+    for folder in (run.folder, search.folder):
+        names = [path.name for path in folder.iterdir()]
+        assert not any(set(name) & set('<>:"/\\|?* ') or name.endswith(".") for name in names)
+        assert len({name.lower() for name in names}) == len(names)
+
+
+def kill_at_random(command: list, seconds: float, folder: Path) -> int:
+    """Starts a command and kills it, twenty times; counts the times that it had not ended by itself."""
+    rng, killed = random.Random(0), 0
+    for _ in range(20):
+        process = start(*command)
+        time.sleep(rng.uniform(0, seconds))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+        for path in folder.rglob("*"):
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".png":
+                Image.open(path).verify()
+            elif path.suffix == ".pth":
+                load_checkpoint(path)
+    return killed
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_twenty_times_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    flags = [*TINY, "--out_dir", tmp_path, "--epochs", "12", "--exp_name"]
+    begun = time.time()
+    assert start("supernet.py", *flags, "whole").wait() == 0
+    killed = kill_at_random(["supernet.py", *flags, "killed", "--resume"], time.time() - begun, tmp_path / "killed")
+    print(f"killed {killed} times of 20")
+    assert killed >= 10 and start("supernet.py", *flags, "killed", "--resume").wait() == 0
+    whole, again = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "killed"))
+    assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
+    assert [row | {"seconds": 0} for row in whole["metrics"]] == [row | {"seconds": 0} for row in again["metrics"]]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_twenty_times_ends_as_one_that_is_not(run: Run, tmp_path: Path) -> None:
+    flags = ["random_search.py", "--ckpt", run.folder / "last.pth", "--num_paths", "250", "--population", "20"]
+    flags += ["--generations", "6", "--calibration_images", "250", "--search_dir"]
+    begun = time.time()
+    assert start(*flags, tmp_path / "whole").wait() == 0
+    killed = kill_at_random([*flags, tmp_path / "killed"], (time.time() - begun) / 2, tmp_path / "killed")
+    print(f"killed {killed} times of 20")
+    assert killed >= 10 and start(*flags, tmp_path / "killed").wait() == 0
+    whole, again = (tmp_path / name for name in ("whole", "killed"))
+    lines = [sorted((folder / "paths.csv").read_text().splitlines()) for folder in (whole, again)]
+    assert lines[0] == lines[1]
+    for name in SEARCH_FILES:
+        if name.endswith(".png"):
+            assert (whole / name).read_bytes() == (again / name).read_bytes()
