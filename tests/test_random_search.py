@@ -345,15 +345,23 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(run: Run, tmp_path: Path,
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_checkpoint_never_executes(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given_as", ["--ckpt", "--init_from", "--resume"])
+def test_a_checkpoint_never_executes(run: Run, tmp_path: Path, given_as: str) -> None:
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
 
-    content = load_checkpoint(run.folder / "last.pth") | {"epoch": Evil()}
-    torch.save(content, tmp_path / "evil.pth")
+    (tmp_path / "evil").mkdir()
+    path = tmp_path / "evil/last.pth"
+    torch.save(load_checkpoint(run.folder / "last.pth") | {"epoch": Evil()}, path)
+    flags = [*run.flags, "--out_dir", str(tmp_path)]
     with pytest.raises(UserError, match="evil"):
-        random_search.main(["--ckpt", str(tmp_path / "evil.pth")])
+        if given_as == "--ckpt":
+            random_search.main(["--ckpt", str(path)])
+        elif given_as == "--init_from":
+            supernet.main([*flags, "--exp_name", "new", "--choice", "-".join("0" * 20), "--init_from", str(path)])
+        else:
+            supernet.main([*flags, "--exp_name", "evil", "--resume"])
     assert not (tmp_path / "executed").exists()
 
 
