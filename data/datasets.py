@@ -3,6 +3,7 @@
 import os
 import random
 import tarfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -226,6 +227,7 @@ def read_image(path: str) -> Image.Image:
 
     Raises UserError with the path if the file is damaged or no image.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # of EXIF, which is not used, in many of ImageNet's files
     try:
         return default_loader(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

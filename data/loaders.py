@@ -127,5 +127,5 @@ class _Files(TorchDataset):
         image = read_image(self.files[index])
         with torch.random.fork_rng(devices=[]):
             if self.seed is not None:
-                torch.manual_seed(self.seed + index)
+                torch.default_generator.manual_seed(self.seed + index)  # torch.manual_seed takes 0.1 ms
             return self.transform(image), index

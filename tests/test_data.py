@@ -363,7 +363,6 @@ def image_files() -> dict[str, tuple[bytes, np.ndarray, float]]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:Palette images", "ignore:Corrupt EXIF")
 @pytest.mark.parametrize("name", image_files())
 def test_images_of_any_mode_are_read_as_rgb(tree, tmp_path, name):
     """python-pillow/Pillow#2564, nothings/stb#427, IntelLabs/distiller#163."""
@@ -378,7 +377,6 @@ def test_images_of_any_mode_are_read_as_rgb(tree, tmp_path, name):
     assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() <= tolerance * 255
 
 
-@pytest.mark.filterwarnings("ignore:Palette images", "ignore:Corrupt EXIF")
 @pytest.mark.parametrize("image_size", [32, 96])
 def test_images_of_any_mode_and_size_pass_training_and_evaluation(tmp_path, image_size):
     """www.terryalanunlimited.com (500x33 pictures), python-pillow/Pillow#2564."""

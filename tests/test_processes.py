@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_data import image_files
 
 import random_search
 import supernet
@@ -36,12 +37,16 @@ def streamed(tmp_path: Path) -> list[str]:
         (tmp_path / name).mkdir(parents=True)
         for i in range(12):
             Image.fromarray(noise(80, 90, 3, seed=i)).save(tmp_path / name / f"{i}.jpg")
+        (tmp_path / name / "bad-exif.jpg").write_bytes(image_files()["bad-exif.jpg"][0])
     flags = ["--dataset", "imagenet", "--data_dir", tmp_path, "--image_size", "72", "--batch_size", "8"]
     return [*map(str, flags), "--out_dir", str(tmp_path), "--exp_name", "net", "--workers", "2"]
 
 
 def test_workers_may_be_spawned(streamed: list[str], tmp_path: Path) -> None:
-    """HazyResearch/cartridges#20, belskikh/kekas#26: as on Windows and macOS; nothing starts itself again."""
+    """HazyResearch/cartridges#20, belskikh/kekas#26: as on Windows and macOS; nothing starts itself again.
+
+    IntelLabs/distiller#163: nor does every worker warn of a malformed EXIF block that nobody reads.
+    """
     (tmp_path / "sitecustomize.py").write_text("import multiprocessing as m; m.set_start_method('spawn')")
     process = start("supernet.py", *streamed, "--epochs", "1", PYTHONPATH=str(tmp_path))
     out, err = process.communicate(timeout=120)
