@@ -256,10 +256,8 @@ def score_missing(
         left = duration(pace * (len(todo) - done + later))
         top = f"{ranked(rows)[0]['accuracy']:.2f}%" if ranked(rows) else "none yet"
         generation = f"generation {new[0]['generation']}  " if new[0]["generation"] > 0 else ""
-        number = min(first + ranks(), len(groups))
-        log.info(
-            f"{generation}group {number}/{len(groups)}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}"
-        )
+        until = f"{min(first + ranks(), len(groups))}/{len(groups)}"
+        log.info(f"{generation}group {until}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
     rows.sort(key=lambda row: (row["generation"], row["index"]))
 
 

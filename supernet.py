@@ -26,6 +26,7 @@ from utils import (
     UserError,
     add_up,
     autocast,
+    bar,
     delete_files,
     describe_device,
     duration,
@@ -40,7 +41,6 @@ from utils import (
     on_first,
     open_log,
     pick_device,
-    progress,
     rank,
     ranks,
     read_json,
@@ -211,7 +211,7 @@ def train_epoch(
     rng = stream(args.seed, f"train {epoch}")
     steps, losses, hits = batches.steps(), [], []
     images = batches.epoch(args.seed, epoch, args.cutout)
-    for step, (x, y) in enumerate(progress(images, f"epoch {epoch + 1}", steps)):
+    for step, (x, y) in enumerate(bar(images, f"epoch {epoch + 1}", steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch, step / steps)
         choice = bare(network).sample_choice(rng)
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(f"resuming after epoch {len(rows)}")
     describe(dataset, data, model, device)
     if rank() == 0:
-        about = {"torch": torch.__version__, "device_name": describe_device(device), "ranks": ranks()}
+        about = {"torch": torch.__version__, "device_name": describe_device(device)}
         write_json(folder / "args.json", vars(args) | about)
     train(model, data, optimizer, args, rows, dataset.facts())
     if args.choice:

@@ -247,10 +247,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name for the log, with the number of threads on a CPU."""
+    """The device's name for the log, with the number of threads on a CPU, and of ranks under torchrun."""
+    name = str(device)
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        name += f" ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        name += f" ({torch.get_num_threads()} threads)"
+    return name if ranks() == 1 else f"{name}, {ranks()} ranks"
 
 
 def delete_files(folder: Path, names: Sequence[str]) -> None:
@@ -286,7 +289,7 @@ def open_log(path: Path | None) -> None:
         log.addHandler(handler)
 
 
-def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+def bar(items: Iterable[T], title: str, total: int) -> Iterable[T]:
     """The same items, with a bar while they are worked on: on a terminal only, and on rank 0."""
     return tqdm(items, title, total, leave=False, disable=True if rank() > 0 else None)
 

@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transform
 
-from utils import UserError, first_goes_first, log, progress, refuse_changes
+from utils import UserError, bar, first_goes_first, log, refuse_changes
 
 # The largest images that are decoded once and kept on the device, and how much room they may take there.
 RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
@@ -246,7 +246,7 @@ def decode(files: list[str], image_size: int, workers: int) -> Tensor:
 
     images = np.empty((len(files), image_size, image_size, 3), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(progress(pool.map(read, files), "reading images", len(files))):
+        for i, image in enumerate(bar(pool.map(read, files), "reading images", len(files))):
             images[i] = image
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,14 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As each of torchrun's ranks has it. Networks that are hardly trained magnify every difference of rounding."""
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(2)
 
 

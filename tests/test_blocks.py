@@ -1,7 +1,5 @@
 """blocks.py: the two autograd functions against plain PyTorch, and the four candidates against their definition."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,14 +18,8 @@ each_geometry = pytest.mark.parametrize(
     ("kernel", "stride", "size"), [(kernel, stride, size) for kernel in (3, 5, 7) for stride in (1, 2) for size in MAPS]
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,6 @@ import math
 import random
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise, product
 
 import numpy as np
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 
 import supernet
 from model import Supernet, crossover, mutate
+
+# Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OFFICIAL = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
 SINGLE = [(number,) * 20 for number in range(4)]
@@ -44,15 +46,6 @@ def trained(model: Supernet) -> Supernet:
             module.running_mean.normal_(std=0.1, generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
