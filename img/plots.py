@@ -197,7 +197,8 @@ def plot_standalone(rows: list[dict], results: list[dict], path: Path) -> list[s
     the random architectures: without the controls, the search's best and evolution's, which were not drawn at random.
     """
     rows = [row for row in rows if math.isfinite(float(row["loss"]))]
-    best = max((row for row in rows if int(row["generation"]) >= 0), key=lambda row: float(row["accuracy"]))["choice"]
+    fair = [row for row in rows if int(row["generation"]) >= 0]
+    best = max(fair, key=lambda row: (float(row["accuracy"]), -float(row["loss"])))["choice"]  # as the search chooses
     kinds = {"random": (BLUE, "o"), "single block": (GREEN, "^"), "search's best": (ORANGE, "D")}
     points: dict[str, tuple[str, float, list[float]]] = {}
     for row in rows:

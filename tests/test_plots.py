@@ -93,10 +93,11 @@ def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> 
     for i, row in enumerate(rows):
         row["choice"] = "-".join(["0"] * 19 + [str(i)])
     rows += [made(1)[0] | {"generation": -1, "choice": "-".join("1" * 20), "index": 0}]
+    rows += [made(1, 80.0, loss=2.0)[0] | {"generation": 0, "choice": "-".join(["3"] * 19 + ["0"]), "index": 5}]
     rows += [made(1, 80.0)[0] | {"generation": 0, "choice": "-".join("3" * 20), "index": 4}]
     rows += [made(1, 70.0)[0] | {"generation": 1, "choice": "-".join("2" * 20), "index": 0}]
     alone = dict(
-        zip([row["choice"] for row in rows], [(90, 91), (92, 92), (91, 92), (), (95,), (99,), (40,)], strict=True)
+        zip([row["choice"] for row in rows], [(90, 91), (92, 92), (91, 92), (), (95,), (), (99,), (40,)], strict=True)
     )
     results = [{"choice": choice, "test_accuracy": float(a)} for choice, found in alone.items() for a in found]
     lines = plot_standalone(rows, results, tmp_path / "standalone.png")
