@@ -47,7 +47,6 @@ from utils import (
     recover_csv,
     refuse_changes,
     run_script,
-    sha256,
     standard_error,
     stream,
     write_json,
@@ -384,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = flops_limits(model, args)
     device = pick_device(args.device)
     folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
-    settings = {"checkpoint": sha256(path), "split": args.split, "seed": args.seed, "precision": args.precision}
+    settings = {"checkpoint": checkpoint["sha256"], "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
     settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations}
     settings = on_first(lambda: check_folder(folder, settings, args.overwrite))
@@ -434,7 +433,7 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
     if args.generations and (own := ranked(evolving(rows, args.population))):
         found["evolution"] = {"generations": rows[-1]["generation"], "evaluations": len(own)}
         found["evolution"] |= {"best": own[0]["accuracy"]}
-    source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": sha256(Path(args.ckpt))}
+    source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}
     found |= {"checkpoint": source, "args": vars(args)}
     old = read_json(folder / "search.json") if (folder / "search.json").exists() else {}
     write_json(folder / "search.json", old | found if old.get("choice") == found["choice"] else found)

@@ -387,11 +387,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of supernet.py, on the CPU; raises UserError for anything else. Runs no code from the file."""
+    """A checkpoint of supernet.py, on the CPU, with the SHA-256 of its file; runs no code from the file.
+
+    Raises UserError for anything else.
+    """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; `python supernet.py` writes one to runs/EXP_NAME/last.pth")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.read_bytes()  # at once: a training that goes on may replace it between two looks
+        content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"{path} is not a checkpoint of supernet.py, or is damaged ({reason})") from None
@@ -401,7 +405,7 @@ def load_checkpoint(path: Path) -> dict:
         holds = sorted(map(str, found))[:5] or type(content).__name__
         raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {holds}, not {list(expected)}")
     consume_prefix_in_state_dict_if_present(content["model"], "module.")  # of a wrapper for several GPUs
-    return content
+    return content | {"sha256": hashlib.sha256(file).hexdigest()}
 
 
 def load_supernet(path: Path) -> dict:
@@ -421,8 +425,3 @@ def newest_supernet(runs: Path) -> Path:
     raise UserError(
         f"no supernet in {runs}/*/last.pth; train one with `python supernet.py`, or name one with --ckpt PATH"
     )
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,6 +1,7 @@
 """random_search.py: the same numbers as a naive loop, a record that survives anything, honest statistics."""
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -271,6 +272,21 @@ def test_a_record_of_another_checkpoint_is_refused(run: Run, search: Run, tmp_pa
     torch.save(content, tmp_path / "last.pth")
     with pytest.raises(UserError, match="checkpoint"):
         random_search.main([*search.flags, "--ckpt", str(tmp_path / "last.pth")])
+
+
+def test_a_search_names_the_weights_that_it_scored_with(run: Run, search: Run, tmp_path: Path, monkeypatch) -> None:
+    """The training may go on beside the search, and replace the checkpoint."""
+    last = shutil.copy(run.folder / "last.pth", tmp_path / "last.pth")
+    shutil.copytree(search.folder, tmp_path / "search")
+
+    def replace_it(*args):
+        last.write_bytes(b"a later epoch")
+        return load_dataset(*args)
+
+    monkeypatch.setattr(random_search, "load_dataset", replace_it)
+    random_search.main([*search.flags, "--ckpt", str(last), "--search_dir", str(tmp_path / "search")])
+    scored_with = hashlib.sha256((run.folder / "last.pth").read_bytes()).hexdigest()
+    assert found(tmp_path / "search")["checkpoint"]["sha256"] == scored_with
 
 
 def test_a_damaged_record_is_refused_with_its_line(search: Run, tmp_path: Path) -> None:
