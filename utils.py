@@ -85,8 +85,8 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**30)
+    if mallopt(mmap_threshold, 2**30):  # refused before glibc 2.35, where the other one alone would make it worse
+        mallopt(trim_threshold, 2**30)
 
 
 # Flags

@@ -1,5 +1,6 @@
 """Whole processes: started, interrupted and killed as users and machines do it."""
 
+import ctypes
 import json
 import random
 import signal
@@ -16,7 +17,7 @@ from test_data import image_files
 import random_search
 import supernet
 from conftest import ROOT, TINY, Run, noise
-from utils import SEARCH_FILES, load_checkpoint
+from utils import SEARCH_FILES, keep_freed_memory, load_checkpoint
 
 
 def start(*command: object, **environment: str) -> subprocess.Popen:
@@ -28,6 +29,22 @@ def start(*command: object, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize("limit", [2**30, 2**25])
+def test_the_allocator_is_set_as_a_whole_or_not_at_all(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.35 glibc refuses an mmap threshold above 32 MiB, and to set the other one freezes it at 128 KiB."""
+    calls = []
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            calls.append(parameter)
+            return int(parameter != -3 or value <= limit)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
+    keep_freed_memory()
+    assert calls == ([-3, -1] if limit == 2**30 else [-3])
 
 
 @pytest.fixture

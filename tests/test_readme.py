@@ -1,12 +1,14 @@
 """The README's commands parse, its files exist, and its quick start runs, shortened; the layout is what it says."""
 
 import ast
+import csv
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -53,6 +55,21 @@ def test_every_linked_file_exists() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert any(link.endswith(".png") for link in links)
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_results_are_those_of_the_table_behind_the_pictures() -> None:
+    with open(ROOT / "img" / "paths.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["generation"] == "0"]
+    accuracies = [float(row["accuracy"]) for row in rows]
+    best = max(rows, key=lambda row: (float(row["accuracy"]), -float(row["loss"])))
+    numbers = (
+        f"{max(accuracies):.2f}%",
+        f"{median(accuracies):.2f}%",
+        f"{float(best['flops_m']):.1f}M",
+        f"{len(rows):,}",
+    )
+    table = README.split("## Quick start")[0]
+    assert [number for number in numbers if number not in table] == []
 
 
 def test_every_flag_stands_in_the_readme_and_has_help() -> None:
