@@ -98,7 +98,7 @@ def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
     bars += [("noise within the ranking", noise, GREY)] if noise is not None else []
     for i, (name, sd, colour) in enumerate(bars):
         height = top * (1.08 + 0.09 * i)
-        axis.errorbar(np.mean(accuracies), height, xerr=sd, color=colour, capsize=3, label=f"{name} +-{sd:.2f}")
+        axis.errorbar(np.mean(accuracies), height, xerr=sd, color=colour, capsize=3, label=f"{name} ±{sd:.2f}")
     axis.set(xlabel=f"top-1 accuracy with the supernet's weights, {split} split (%)", ylabel="architectures")
     axis.set_title(f"{len(fair):,} random architectures", loc="left")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -52,8 +52,9 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_every_linked_file_exists() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert any(link.endswith(".png") for link in links)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    pictures = {path.relative_to(ROOT).as_posix() for path in (ROOT / "img").glob("*.png")}
+    assert pictures and pictures <= set(links)
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
