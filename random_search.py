@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.datasets import IMAGE_SIZES, calibration_images, load_dataset
 from data.loaders import Batches
-from img.plots import plot_search, ranking
+from img.plots import evolving, plot_search, ranking
 from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet, parse_choice
 from utils import (
     SEARCH_FILES,
@@ -281,11 +281,6 @@ def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namesp
         children = scorer.model.breed(parents, taken, args.population, args.mutation_prob, rng, *limits)
         later = (args.generations - generation) * args.population
         score_missing(scorer, candidates(children, generation), rows, record, args.seed, later)
-
-
-def evolving(rows: list[dict], population: int) -> list[dict]:
-    """The rows that evolution counts as its own: the first random draws and all children."""
-    return [row for row in rows if row["generation"] > 0 or (row["generation"] == 0 and row["index"] < population)]
 
 
 def describe(choice: Choice, accuracy: float, half_accuracy: float, loss: float, model: Supernet) -> dict:

@@ -69,6 +69,15 @@ def ranking(rows: list[dict]) -> tuple[float | None, float | None]:
     return float(reliability), float(whole.std(ddof=1) * math.sqrt(1 - reliability))
 
 
+def evolving(rows: list[dict], population: int) -> list[dict]:
+    """The rows that evolution counts as its own: the first random draws and all children."""
+    return [
+        row
+        for row in rows
+        if int(row["generation"]) >= 0 and (int(row["generation"]) or int(row["index"]) < population)
+    ]
+
+
 def _fair(rows: list[dict]) -> list[dict]:
     return [row for row in rows if int(row["generation"]) == 0 and math.isfinite(float(row["loss"]))]
 
@@ -152,10 +161,9 @@ def plot_evolution(rows: list[dict], path: Path, split: str = "search") -> None:
     Evolution's first generation is the first random paths, as many as every later one has.
     """
     generations = [int(row["generation"]) for row in rows]
-    population, last = generations.count(1), max(generations)
     drawn = [row for row in rows if int(row["generation"]) == 0]
-    parts = [drawn[:population], *([r for r in rows if int(r["generation"]) == g] for g in range(1, last + 1))]
-    own = [row for part in parts for row in part]
+    own = evolving(rows, population=generations.count(1))
+    parts = [[row for row in own if int(row["generation"]) == g] for g in range(max(generations) + 1)]
     figure, axis = _axes()
     for name, part, colour, style in (("random search", drawn, GREY, "--"), ("evolution", own, BLUE, "-")):
         best = np.fmax.accumulate(_values(part, "accuracy"))
