@@ -117,3 +117,9 @@ def test_epochs_without_validation_are_left_out(tmp_path: Path) -> None:
     rows[1] |= {"val_loss": "", "val_acc": None}
     plot_training(rows, tmp_path / "training.png", "search split")
     assert Image.open(tmp_path / "training.png").size[0] > 600
+
+
+def test_the_pictures_in_img_have_their_tables() -> None:
+    with open(ROOT / "img" / "paths.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["generation"] for row in rows} == {"-1", "0"} and len(rows) >= 50
