@@ -101,7 +101,8 @@ def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
     axis.axvline(np.median(accuracies), color="black", linestyle="--", label=f"median {np.median(accuracies):.2f}%")
     axis.axvline(accuracies.max(), color=ORANGE, label=f"best {accuracies.max():.2f}%")
     for (label, row), marker in zip(_controls(rows), MARKERS, strict=False):
-        axis.plot(float(row["accuracy"]), -0.04 * top, marker, color=GREEN, clip_on=False, markersize=6, label=label)
+        label, style = f"{label} {float(row['accuracy']):.2f}%", {"fillstyle": "none", "clip_on": False}  # may overlap
+        axis.plot(float(row["accuracy"]), -0.04 * top, marker, color=GREEN, markersize=6, label=label, **style)
     _, noise = ranking(fair)
     bars = [("spread", accuracies.std(ddof=1) if len(fair) > 1 else 0, BLUE)]
     bars += [("noise within the ranking", noise, GREY)] if noise is not None else []
@@ -262,7 +263,7 @@ def redraw(path: Path, split: str) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if rows and "train_loss" in rows[0]:
-        plot_training(rows, path.with_name("training.png"), "search split")
+        plot_training(rows, path.with_name("training.png"), "held out")
         return []
     if rows and "half_accuracy" in rows[0]:  # the file has them in the order in which they were scored
         rows.sort(key=lambda row: (int(row["generation"]), int(row["index"])))
