@@ -101,8 +101,9 @@ def plot_histogram(rows: list[dict], path: Path, split: str = "search") -> None:
     axis.axvline(np.median(accuracies), color="black", linestyle="--", label=f"median {np.median(accuracies):.2f}%")
     axis.axvline(accuracies.max(), color=ORANGE, label=f"best {accuracies.max():.2f}%")
     for (label, row), marker in zip(_controls(rows), MARKERS, strict=False):
-        label, style = f"{label} {float(row['accuracy']):.2f}%", {"fillstyle": "none", "clip_on": False}  # may overlap
-        axis.plot(float(row["accuracy"]), -0.04 * top, marker, color=GREEN, markersize=6, label=label, **style)
+        accuracy = float(row["accuracy"])
+        text = f"{label} {accuracy:.2f}%"  # and hollow markers, since two of them may coincide
+        axis.plot(accuracy, -0.04 * top, marker, color=GREEN, fillstyle="none", clip_on=False, label=text)
     _, noise = ranking(fair)
     bars = [("spread", accuracies.std(ddof=1) if len(fair) > 1 else 0, BLUE)]
     bars += [("noise within the ranking", noise, GREY)] if noise is not None else []
