@@ -112,6 +112,12 @@ def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> 
     assert min(Image.open(tmp_path / "standalone.png").size) > 300
 
 
+def test_networks_that_are_all_at_chance_have_no_rank_correlation(tmp_path: Path) -> None:
+    rows = [row | {"choice": "-".join(["0"] * 19 + [str(i)])} for i, row in enumerate(made(4))]
+    results = [{"choice": row["choice"], "test_accuracy": 10.0} for row in rows]
+    assert "random architectures: not defined" in plot_standalone(rows, results, tmp_path / "standalone.png")[-1]
+
+
 def test_epochs_without_validation_are_left_out(tmp_path: Path) -> None:
     rows = [dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), 1.0) | {"epoch": e} for e in (1, 2, 3)]
     rows[1] |= {"val_loss": "", "val_acc": None}
