@@ -231,11 +231,11 @@ def plot_standalone(rows: list[dict], results: list[dict], path: Path) -> list[s
     drawn = [(score, np.mean(alone)) for kind, score, alone in points.values() if kind == "random"]
     if len(drawn) > 2:
         first, second = np.array(drawn).T
-        tau = "not defined (all scores or all accuracies are the same)"
-        if np.ptp(first) and np.ptp(second):
+        tau, text = kendall(first, second), "not defined (all scores or all accuracies are the same)"
+        if not math.isnan(tau):
             low, high = kendall_interval(first, second)
-            tau = f"{kendall(first, second):.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
-        lines.append(f"Kendall's tau of {len(drawn)} random architectures: {tau}")
+            text = f"{tau:.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
+        lines.append(f"Kendall's tau of {len(drawn)} random architectures: {text}")
     return lines
 
 
