@@ -53,11 +53,11 @@ from utils import (
 )
 
 COLUMNS = {"index": int, "choice": str, "accuracy": float, "half_accuracy": float, "loss": float}
-COLUMNS |= {"flops_m": float, "params_m": float, "generation": int}
+COLUMNS |= {"half_loss": float, "flops_m": float, "params_m": float, "generation": int}
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
 GROUP = 50  # paths that are scored together and recorded together
 CONTROL = -1  # the generation of the four single-block networks
-EVOLUTION = "population", "parents", "mutation_prob"
+EVOLUTION = "population", "parents", "mutation_prob", "rank_by"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--parents", type=number(int, 2), default=10, help="best architectures so far, from which a generation is bred")
     add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="of each layer of a mutated child")
     add("--top_k", type=number(int, 1), default=10, help="best architectures that are measured on the test images")
+    add("--rank_by", choices=("loss", "accuracy"), default="loss", help="what makes an architecture the better one")
     add("--split", choices=("search", "test"), default="search", help="images that score; test is biased, see README")
     add("--overwrite", action="store_true", help="delete what an earlier search left, and begin anew")
     return parser
@@ -114,8 +115,11 @@ class Scorer:
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
         self.first_half[shuffled[: images // 2]] = True
 
-    def score(self, choices: Sequence[Choice]) -> list[tuple[float, float, float]]:
-        """(accuracy, accuracy on the first half, loss) of each path, accuracies in percent; sort the choices."""
+    def score(self, choices: Sequence[Choice]) -> list[tuple[float, ...]]:
+        """Of each path (accuracy, the same on the first half, loss, the same), accuracies in percent; sort the choices.
+
+        The loss is the mean cross-entropy.
+        """
         with torch.inference_mode(), autocast(self.precision, self.scored.device):
             return self._evaluate(choices, self.calibrate(choices) if self.calibration is not None else None)
 
@@ -142,7 +146,7 @@ class Scorer:
         for norm, (mean, var) in zip(norms, statistics[key], strict=True):
             norm.running_mean, norm.running_var = mean, var
 
-    def _evaluate(self, choices: Sequence[Choice], statistics: Statistics | None) -> list[tuple[float, float, float]]:
+    def _evaluate(self, choices: Sequence[Choice], statistics: Statistics | None) -> list[tuple[float, ...]]:
         def enter(module: nn.Module, key: tuple) -> None:
             if statistics is not None:
                 self._enter(module, key, statistics)
@@ -154,15 +158,15 @@ class Scorer:
             sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
             start += len(y)
         totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for
-        counts = torch.tensor([start, max(1, start // 2), start])
-        return [tuple(row) for row in (totals / counts * torch.tensor([100, 100, 1])).tolist()]
+        counts = torch.tensor([start, max(1, start // 2)]).repeat(2)
+        return [tuple(row) for row in (totals / counts * torch.tensor([100, 100, 1, 1])).tolist()]
 
 
 def batch_sums(logits: Tensor, labels: Tensor, first_half: Tensor) -> Tensor:
-    """Hits, hits within the first half and summed loss of each path: logits (paths, N, classes) -> (paths, 3)."""
+    """Hits and summed loss of each path, both also within the first half: logits (paths, N, classes) -> (paths, 4)."""
     hits = logits.argmax(-1) == labels
     loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view_as(hits)
-    return torch.stack((hits.sum(1), (hits & first_half).sum(1), loss.sum(1)), dim=1)
+    return torch.stack((hits.sum(1), (hits & first_half).sum(1), loss.sum(1), loss[:, first_half].sum(1)), dim=1)
 
 
 def build_supernet(path: Path, checkpoint: dict) -> Supernet:
@@ -253,7 +257,8 @@ def score_missing(
         done += len(new)
         pace = (time.time() - start) / done
         left = duration(pace * (len(todo) - done + later))
-        top = f"{ranked(rows)[0]['accuracy']:.2f}%" if ranked(rows) else "none yet"
+        best = ranked(rows, "accuracy")
+        top = f"{best[0]['accuracy']:.2f}%" if best else "none yet"
         generation = f"generation {new[0]['generation']}  " if new[0]["generation"] > 0 else ""
         until = f"{min(first + ranks(), len(groups))}/{len(groups)}"
         log.info(f"{generation}group {until}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
@@ -264,7 +269,7 @@ def score_group(scorer: Scorer, group: list[dict]) -> list[dict]:
     """The rows of a group, with scores and costs; a path that is in it twice, as a control too, is scored once."""
     choices = sorted(set(map(choice_of, group)))
     scores = dict(zip(choices, scorer.score(choices) if choices else [], strict=True))
-    return [row | describe(choice_of(row), *scores[choice_of(row)], scorer.model) for row in group]
+    return [row | describe(choice_of(row), scores[choice_of(row)], scorer.model) for row in group]
 
 
 def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
@@ -276,23 +281,33 @@ def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namesp
         if left < args.population:
             log.info(f"evolution ends before generation {generation}: only {left} new architectures are left")
             return
-        parents = [choice_of(row) for row in ranked(evolving(earlier, args.population))[: args.parents]]
+        parents = [choice_of(row) for row in ranked(evolving(earlier, args.population), args.rank_by)[: args.parents]]
         rng = stream(args.seed, f"generation {generation}")
         children = scorer.model.breed(parents, taken, args.population, args.mutation_prob, rng, *limits)
         later = (args.generations - generation) * args.population
         score_missing(scorer, candidates(children, generation), rows, record, args.seed, later)
 
 
-def describe(choice: Choice, accuracy: float, half_accuracy: float, loss: float, model: Supernet) -> dict:
-    """The rest of a row: scores and costs."""
-    scores = {"accuracy": accuracy, "half_accuracy": half_accuracy, "loss": loss}
-    return scores | {"flops_m": model.flops(choice) / 1e6, "params_m": model.params(choice) / 1e6}
+def describe(choice: Choice, scores: Sequence[float], model: Supernet) -> dict:
+    """The rest of a row: scores, as Scorer gives them, and costs."""
+    names = "accuracy", "half_accuracy", "loss", "half_loss"
+    return dict(zip(names, scores, strict=True)) | {
+        "flops_m": model.flops(choice) / 1e6,
+        "params_m": model.params(choice) / 1e6,
+    }
 
 
-def ranked(rows: list[dict]) -> list[dict]:
-    """The candidates, best first: by accuracy, then loss, then age. Controls and undefined scores are left out."""
-    fair = [row for row in rows if row["generation"] != CONTROL and math.isfinite(row["loss"])]
-    return sorted(fair, key=lambda row: (-row["accuracy"], row["loss"], row["generation"], row["index"]))
+def ranked(rows: list[dict], by: str) -> list[dict]:
+    """The candidates, best first: by "accuracy" or "loss", then the other, then age.
+
+    Controls and undefined scores are left out.
+    """
+
+    def key(row: dict) -> tuple:
+        scores = -row["accuracy"], row["loss"]
+        return scores if by == "accuracy" else scores[::-1], row["generation"], row["index"]
+
+    return sorted((row for row in rows if row["generation"] != CONTROL and math.isfinite(row["loss"])), key=key)
 
 
 def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> list[dict]:
@@ -305,7 +320,7 @@ def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> lis
 
 def statistics(rows: list[dict], images: int) -> dict:
     """Numbers that sum up a random search; None where one is not defined. Accuracies in percent."""
-    fair = ranked([row for row in rows if row["generation"] <= 0])
+    fair = ranked([row for row in rows if row["generation"] <= 0], "accuracy")
     accuracies = [row["accuracy"] for row in fair]
     reliability, noise = ranking(fair)
     return {
@@ -318,6 +333,7 @@ def statistics(rows: list[dict], images: int) -> dict:
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
         "reliability": reliability,
         "noise": noise,
+        "loss_reliability": ranking(fair, "loss")[0],
         "controls": {NAMES[choice_of(row)[0]]: row["accuracy"] for row in rows if row["generation"] == CONTROL},
     }
 
@@ -326,24 +342,27 @@ def summary(found: dict, command: str) -> list[str]:
     """What the search found, for people."""
     s, where = found["statistics"], f"{found['split']} split, {found['statistics']['images']:,} images"
     spread = "not defined" if s["spread"] is None else f"{s['spread']:.2f}"
-    if s["reliability"] is None:
-        trust = "not defined (it needs 10 paths, some spread, and halves that agree)"
-    else:
+    undefined = "not defined (it needs 10 paths, some spread, and halves that agree)"
+    trust = by_loss = undefined
+    if s["reliability"] is not None:
         trust = f"{s['reliability']:.2f}: of the spread, {s['noise']:.2f} is noise of the images"
+    if s["loss_reliability"] is not None:
+        by_loss = f"{s['loss_reliability']:.2f}"
     controls = ", ".join(f"all {name} {accuracy:.2f}%" for name, accuracy in s["controls"].items())
     lines = [
         f"scores       {s['paths']} random paths: best {s['best']:.2f}%, median {s['median']:.2f}%, "
         f"worst {s['worst']:.2f}%, spread (standard deviation) {spread}; with the supernet's weights, {where}",
-        f"ranking      reliability {trust}",
+        f"ranking      reliability by accuracy {trust}",
+        f"             reliability by loss {by_loss}",
         f"controls     {controls}",
-        f"choice       {found['choice']}",
-        f"             {found['accuracy']:.2f}% +- {found['standard_error']:.2f}, "
+        f"choice       {found['choice']}, the best by {found['args']['rank_by']}",
+        f"             {found['accuracy']:.2f}% +- {found['standard_error']:.2f}, loss {found['loss']:.4f}, "
         f"{found['flops_m']:.1f}M multiply-adds, {found['params_m']:.2f}M parameters",
     ]
     if "evolution" in found:
         evolved = found["evolution"]
         lines.insert(
-            3,
+            4,
             f"evolution    best {evolved['best']:.2f}% after {evolved['evaluations']} paths, "
             f"{evolved['generations']} generations",
         )
@@ -419,13 +438,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[dict], test: Scorer) -> None:
     """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
     images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
-    order = ranked(rows)
-    if not ranked([row for row in rows if row["generation"] == 0]):
+    order = ranked(rows, args.rank_by)
+    if not ranked([row for row in rows if row["generation"] == 0], args.rank_by):
         raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")
     numbers = statistics(rows, images)
     found = order[0] | {"standard_error": standard_error(order[0]["accuracy"], images)}
     found |= {"split": args.split, "statistics": numbers}
-    if args.generations and (own := ranked(evolving(rows, args.population))):
+    if args.generations and (own := ranked(evolving(rows, args.population), "accuracy")):
         found["evolution"] = {"generations": rows[-1]["generation"], "evaluations": len(own)}
         found["evolution"] |= {"best": own[0]["accuracy"]}
     source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}

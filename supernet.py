@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
 from img.plots import plot_training
-from model import LAYERS, NAMES, Choice, Classifier, Supernet, parse_choice
+from model import INITS, LAYERS, NAMES, Choice, Classifier, Supernet, default_init, parse_choice
 from utils import (
     RUN_FILES,
     SEARCH_FILES,
@@ -103,8 +103,8 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     add("--momentum", type=number(float, 0, 1), help="of SGD")
     add("--weight_decay", "--weight-decay", type=number(float, 0), help="of convolution and classifier weights")
     add("--label_smoothing", type=number(float, 0, 1), help="probability spread over all classes in training")
-    decay = "per step" if asked.dataset == "imagenet" else "per epoch"
-    add("--lr_schedule", choices=("linear", "cosine"), help=f"how the learning rate falls to 0, {decay}")
+    add("--init", choices=INITS, help="initial weights (default: identity up to 64 px, official above)")
+    add("--lr_schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0, step by step")
     add(
         "--cutout",
         type=number(int, 0),
@@ -142,6 +142,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
         parser.error("--train_on all needs --choice: a supernet's search split must stay out of its training")
     if args.init_from and args.choice is None:
         parser.error("--init_from needs --choice: it takes one path's weights out of a supernet")
+    if args.init_from and args.init:
+        parser.error("--init and --init_from both say where the initial weights come from; give one of them")
+    if args.init_from is None:
+        args.init = args.init or default_init(args.image_size)
     if args.dataset == "cifar10" and args.image_size != 32:
         parser.error("--image_size: the images of cifar10 have 32 pixels")
     args.supernet_accuracy = None
@@ -151,6 +155,13 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
     if not (args.resume and last.exists()):
         return args, None
     checkpoint = load_checkpoint(last)
+    if "init" not in checkpoint["args"]:
+        if checkpoint["args"]["dataset"] != "imagenet" and checkpoint["epoch"] < checkpoint["args"]["epochs"]:
+            raise UserError(
+                f"{last} is of an earlier version, whose learning rate fell per epoch and now falls per step; "
+                "begin anew with --overwrite, or finish the run with that version"
+            )
+        checkpoint["args"]["init"] = None if checkpoint["args"].get("init_from") else "official"
     given = {name: getattr(args, name) for name in explicit_flags(build_parser(argv), argv)}
     fixed = {name: value for name, value in given.items() if name not in FREE}
     refuse_changes(checkpoint["args"], fixed, str(last), "leave the flag out to go on, or take another --exp_name")
@@ -172,9 +183,8 @@ def read_choice(text: str) -> tuple[str, float | None]:
     return "-".join(n.strip() for n in numbers), accuracy
 
 
-def learning_rate(args: argparse.Namespace, epoch: int, progress: float) -> float:
-    """The rate after so many whole epochs and, where it falls at every step, that share of the next one."""
-    done = (epoch + (progress if args.dataset == "imagenet" else 0)) / args.epochs
+def learning_rate(args: argparse.Namespace, done: float) -> float:
+    """The rate after a share of all steps, from 0 to 1."""
     return args.learning_rate * (1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -213,7 +223,7 @@ def train_epoch(
     images = batches.epoch(args.seed, epoch, args.cutout)
     for step, (x, y) in enumerate(bar(images, f"epoch {epoch + 1}", steps)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch, step / steps)
+            group["lr"] = learning_rate(args, (epoch + step / steps) / args.epochs)
         choice = bare(network).sample_choice(rng)
         optimizer.zero_grad(set_to_none=True)  # a zero gradient would let momentum and decay move idle blocks
         with autocast(args.precision, batches.device):
@@ -242,14 +252,24 @@ def check_finite(losses: Tensor, epoch: int) -> None:
 
 
 @torch.inference_mode()
-def evaluate(model: Supernet, batches: Batches, paths: Sequence[Choice]) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy in percent with the running statistics, batch i through paths[i]."""
-    model.eval()
+def evaluate(
+    model: Supernet, batches: Batches, paths: Sequence[Choice], own_statistics: bool = False
+) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy in percent, batch i through paths[i]; changes no buffer.
+
+    own_statistics: whether BatchNorm uses those of each batch, as in training, instead of the running ones.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    model.train(own_statistics)
+    for norm in norms:
+        norm.track_running_stats = not own_statistics  # without it, training mode leaves the buffers alone
     totals = torch.zeros(3, device=batches.device)
     for i, (x, y) in batches.share():
         logits = model(x, paths[i])
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         totals += torch.stack((F.cross_entropy(logits, y, reduction="sum"), hits[:, 0].sum(), hits.sum()))
+    for norm in norms:
+        norm.track_running_stats = True
     loss, top1, top5 = (add_up(totals) / len(batches.labels)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
@@ -278,8 +298,10 @@ def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.devic
             f"--batch_size {args.batch_size} is that of all {ranks()} ranks together: take a multiple of {ranks()}, "
             f"at most the {len(train)} training images"
         )
+    # A batch of one class only, as folders come in order, would be normalised by statistics of that class.
+    order = stream(args.seed, "validation order").sample(range(len(dataset.search)), len(dataset.search))
     sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
-    splits = {"train": train, "search": dataset.search, "test": dataset.test}
+    splits = {"train": train, "search": dataset.search.subset(order), "test": dataset.test}
     return {name: Batches(dataset, splits[name], sizes[name], device, args.workers) for name in splits}
 
 
@@ -287,7 +309,7 @@ def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device
     """The network with its initial weights, which depend on --seed alone."""
     torch.manual_seed(args.seed)
     choice = parse_choice(args.choice) if args.choice else None
-    model = Supernet(len(dataset.classes), dataset.image_size, affine=choice is not None, choice=choice)
+    model = Supernet(len(dataset.classes), dataset.image_size, choice is not None, choice, args.init)
     return model.to(device, memory_format=memory_format(device))
 
 
@@ -306,6 +328,8 @@ def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, device
     log.info(f"device    {describe_device(device)}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     log.info(f"data      {dataset.name}, {dataset.image_size} px, {len(dataset.classes)} classes: {sizes} images")
     log.info(f"network   {sum(p.numel() for p in model.parameters()):,} parameters")
+    if len(model.options[0]) > 1:
+        log.info("random paths are scored with each batch's own BatchNorm statistics: a sign of progress, no result")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -380,7 +404,8 @@ def record(folder: Path, state: dict, args: argparse.Namespace) -> None:
     save_checkpoint(folder / "last.pth", state)
     write_csv(folder / "metrics.csv", rows, METRICS)
     if len(rows) % max(1, args.epochs // 50) == 0 or len(rows) == args.epochs:
-        plot_training(rows, folder / "training.png", validated_on(args))
+        statistics = ", each batch's own statistics" if args.choice is None else ""
+        plot_training(rows, folder / "training.png", validated_on(args) + statistics)
 
 
 def validated_on(args: argparse.Namespace) -> str:
@@ -393,13 +418,15 @@ def run_epoch(
 ) -> dict:
     """Trains one epoch and validates after it if it is time to; returns its row of metrics.csv."""
     start = time.time()
-    row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch, 0)}
+    row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch / args.epochs)}
     row["train_loss"], row["train_acc"] = train_epoch(network, data["train"], optimizer, args, epoch)
     model = bare(network)
     share_buffers(model)
     due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
     if due and args.train_on == "train":
-        result = evaluate(model, data["search"], random_paths(model, data["search"], args.seed))
+        # A supernet's running statistics mix all paths and suit none of them.
+        paths = random_paths(model, data["search"], args.seed)
+        result = evaluate(model, data["search"], paths, args.choice is None)
         row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
     return row | {"seconds": round(time.time() - start, 3)}
 

@@ -42,7 +42,8 @@ class Batches:
         return zip(range(rank(), len(self), ranks()), self._in_order(rank(), ranks()), strict=True)
 
     def _in_order(self, first: int, step: int) -> Iterator[Batch]:
-        batches = torch.arange(len(self.labels)).split(self.batch_size)[first::step]
+        # As equal as can be: statistics of a last batch of few images would be worth little.
+        batches = torch.arange(len(self.labels)).tensor_split(len(self))[first::step]
         if self.files is None:
             for indices in batches:
                 images = self.pixels[indices[0] : indices[-1] + 1].permute(0, 3, 1, 2)

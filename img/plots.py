@@ -51,14 +51,14 @@ def plot_training(rows: list[dict], path: Path, validated_on: str) -> None:
     _save(figure, path)
 
 
-def ranking(rows: list[dict]) -> tuple[float | None, float | None]:
-    """How far a ranking can be trusted: its reliability, and the noise within it in points of accuracy.
+def ranking(rows: list[dict], by: str = "accuracy") -> tuple[float | None, float | None]:
+    """How far a ranking by "accuracy" or "loss" can be trusted: its reliability, and the noise within it, in its units.
 
     The reliability is the correlation r of the scores on the two halves of the split, stepped up to the whole split as
     2r / (1 + r) (Spearman and Brown, 1910); the noise is the spread times sqrt(1 - reliability). Both are None with
     fewer than 10 paths, without spread, and if r is negative.
     """
-    whole, first = (np.array([float(row[name]) for row in rows]) for name in ("accuracy", "half_accuracy"))
+    whole, first = (np.array([float(row[name]) for row in rows]) for name in (by, f"half_{by}"))
     second = 2 * whole - first
     if len(rows) < 10 or min(first.std(), second.std(), whole.std()) == 0:
         return None, None
@@ -200,26 +200,28 @@ def kendall_interval(first: np.ndarray, second: np.ndarray, draws: int = 2000) -
     return tuple(np.nanpercentile([kendall(first[sample], second[sample]) for sample in samples], [2.5, 97.5]))
 
 
-def plot_standalone(rows: list[dict], results: list[dict], path: Path) -> list[str]:
+def plot_standalone(rows: list[dict], results: list[dict], path: Path, rank_by: str = "loss") -> list[str]:
     """The supernet's scores against test accuracies of the same architectures trained alone; returns lines to print.
 
-    rows: of paths.csv; results: contents of result.json, several of a choice are seeds. The rank correlation is that of
-    the random architectures: without the controls, the search's best and evolution's, which were not drawn at random.
+    rows: of paths.csv; results: contents of result.json, several of a choice are seeds; rank_by: what the search chose
+    by. The rank correlations are those of the random architectures: without the controls, the search's best and
+    evolution's, which were not drawn at random. A low loss counts as a high score.
     """
     rows = [row for row in rows if math.isfinite(float(row["loss"]))]
-    fair = [row for row in rows if int(row["generation"]) >= 0]
-    best = max(fair, key=lambda row: (float(row["accuracy"]), -float(row["loss"])))["choice"]  # as the search chooses
+    scores = {row["choice"]: (float(row["accuracy"]), -float(row["loss"])) for row in rows}
+    order = -1 if rank_by == "loss" else 1
+    best = max((row["choice"] for row in rows if int(row["generation"]) >= 0), key=lambda c: scores[c][::order])
     kinds = {"random": (BLUE, "o"), "single block": (GREEN, "^"), "search's best": (ORANGE, "D")}
-    points: dict[str, tuple[str, float, list[float]]] = {}
+    points: dict[str, tuple[str, list[float]]] = {}
     for row in rows:
         kind = "single block" if int(row["generation"]) < 0 else "random"
         kind = "search's best" if row["choice"] == best else kind
         alone = [result["test_accuracy"] for result in results if result["choice"] == row["choice"]]
         if alone and (int(row["generation"]) <= 0 or row["choice"] == best):
-            points[row["choice"]] = kind, float(row["accuracy"]), alone
+            points[row["choice"]] = kind, alone
     figure, axis = _axes()
     for kind, (colour, marker) in kinds.items():
-        part = [(score, alone) for k, score, alone in points.values() if k == kind]
+        part = [(scores[choice][0], alone) for choice, (k, alone) in points.items() if k == kind]
         for score, alone in part:
             axis.plot([score] * len(alone), alone, "-", color=colour, alpha=0.4)
         means = [np.mean(alone) for _, alone in part]
@@ -227,15 +229,16 @@ def plot_standalone(rows: list[dict], results: list[dict], path: Path) -> list[s
     axis.set(xlabel="top-1 with the supernet's weights (%)", ylabel="test top-1 trained alone (%)")
     axis.legend(frameon=False)
     _save(figure, path)
-    lines = [f"{kind}: {score:.2f}% -> {np.mean(alone):.2f}%" for kind, score, alone in points.values()]
-    drawn = [(score, np.mean(alone)) for kind, score, alone in points.values() if kind == "random"]
-    if len(drawn) > 2:
-        first, second = np.array(drawn).T
+    lines = [f"{kind}: {scores[choice][0]:.2f}% -> {np.mean(alone):.2f}%" for choice, (kind, alone) in points.items()]
+    drawn = [(*scores[choice], np.mean(alone)) for choice, (kind, alone) in points.items() if kind == "random"]
+    for name, column in (("accuracy", 0), ("loss", 1)) if len(drawn) > 2 else ():
+        table = np.array(drawn)
+        first, second = table[:, column], table[:, 2]
         tau, text = kendall(first, second), "not defined (all scores or all accuracies are the same)"
         if not math.isnan(tau):
             low, high = kendall_interval(first, second)
             text = f"{tau:.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
-        lines.append(f"Kendall's tau of {len(drawn)} random architectures: {text}")
+        lines.append(f"Kendall's tau of {len(drawn)} random architectures, by {name}: {text}")
     return lines
 
 
@@ -280,6 +283,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs from their files.")
     parser.add_argument("files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv")
     parser.add_argument("--split", default="search", help="the images that a search scored on (default: search)")
+    parser.add_argument(
+        "--rank_by", choices=("loss", "accuracy"), default="loss", help="what a search chose by (default: loss)"
+    )
     args = parser.parse_args()
     if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
@@ -289,7 +295,7 @@ def main() -> None:
     if results and not rows:
         raise SystemExit("error: result.json files need the paths.csv of the search that scored their architectures")
     if results:
-        print("\n".join(plot_standalone(rows, results, tables[0].with_name("standalone.png"))))
+        print("\n".join(plot_standalone(rows, results, tables[0].with_name("standalone.png"), args.rank_by)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Shared by all tests: two threads, one small run and search that many of them look at, and a tiny CIFAR-10."""
+"""Shared by all tests: one thread, one small run and search that many of them look at, and a tiny CIFAR-10."""
 
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,11 @@ from torchvision.datasets import CIFAR10
 import random_search
 import supernet
 
+# Here and in the processes that tests start: batches are so small that a second thread only waits, on a busy machine 10
+# to 100 times as long, and rounding, which hardly trained networks magnify, must be the same everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--image_size", "8", "--batch_size", "128"]
 
@@ -28,19 +33,6 @@ class Run(NamedTuple):
 
     folder: Path
     flags: list[str]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As each of torchrun's ranks has it. Networks that are hardly trained magnify every difference of rounding."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

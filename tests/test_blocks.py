@@ -18,9 +18,6 @@ each_geometry = pytest.mark.parametrize(
     ("kernel", "stride", "size"), [(kernel, stride, size) for kernel in (3, 5, 7) for stride in (1, 2) for size in MAPS]
 )
 
-# Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long.
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
@@ -88,6 +85,23 @@ def test_depthwise_equals_conv2d(through: str, kernel: int, stride: int, size: t
     gradients = torch.autograd.grad(out, ours, upstream)
     for gradient, reference in zip(gradients, torch.autograd.grad(expected, plain, upstream), strict=True):
         torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(kernel: int, stride: int) -> None:
+    conv, x = DepthwiseConv(6, kernel, stride), noise(4, 6, 9, 9).requires_grad_()
+    expected = F.conv2d(x, conv.weight, stride=stride, padding=kernel // 2, groups=6)
+    upstream = noise(*expected.shape)
+    references = torch.autograd.grad(expected, (x, conv.weight), upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    assert out.dtype == torch.bfloat16
+    for gradient, reference in zip(
+        torch.autograd.grad(out, (x, conv.weight), upstream.bfloat16()), references, strict=True
+    ):
+        assert gradient.dtype == torch.float32
+        assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
 @each_layout

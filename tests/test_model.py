@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import supernet
-from model import Supernet, crossover, mutate
-
-# Batches are so small here that a second thread only waits: on a busy machine 10 to 100 times as long.
-pytestmark = pytest.mark.usefixtures("one_thread")
+from data.datasets import load_dataset
+from data.loaders import Batches
+from model import INITS, NOISE, Supernet, crossover, default_init, mutate
 
 OFFICIAL = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
 SINGLE = [(number,) * 20 for number in range(4)]
@@ -228,14 +227,71 @@ def test_no_convolution_and_no_classifier_has_a_bias(small: Supernet) -> None:
     assert layers and all(layer.bias is None for layer in layers)
 
 
-def test_initial_weights_have_the_official_deviations(small: Supernet) -> None:
+def test_official_weights_have_the_official_deviations() -> None:
     """megvii-model/SinglePathOneShot: 1 / weight.shape[1], and 0.01 for stem and classifier."""
-    for module in small.modules():
+    model = build(10, 32, init="official")
+    for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            ends = module in (small.stem[0], small.head.classifier)
+            ends = module in (model.stem[0], model.head.classifier)
             expected = 0.01 if ends else 1 / module.weight.shape[1]
-            error = 5 / math.sqrt(2 * module.weight.numel())  # five standard errors of a deviation
-            assert module.weight.std().item() == pytest.approx(expected, rel=error)
+            assert_deviation(module.weight, expected)
+
+
+def assert_deviation(weight: Tensor, expected: float) -> None:
+    error = 5 / math.sqrt(2 * weight.numel())  # five standard errors of a deviation
+    assert weight.std().item() == pytest.approx(expected, rel=error)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["supernet", "alone"])
+def test_weights_near_the_identity_are_copies_of_the_inputs_and_noise(affine: bool) -> None:
+    model = build(10, 32, affine=affine, init="identity")
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or name == "stem.0":
+            continue
+        noise = module.weight.detach().clone()
+        outputs, inputs, kernel, _ = noise.shape
+        for channel in range(outputs):
+            noise[channel, channel % inputs, kernel // 2, kernel // 2] -= 1
+        assert_deviation(noise, NOISE / math.sqrt(inputs * kernel * kernel))
+    assert_deviation(model.stem[0].weight, 1 / 3)
+    assert_deviation(model.head.classifier.weight, 0.01)
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_no_channel_is_dead_at_first(side: int) -> None:
+    """What BatchNorm gets on digits varies by far more than the eps that it adds, in every channel of every path."""
+    dataset = load_dataset("digits", "", side)
+    x, _ = next(Batches(dataset, dataset.train, 64, torch.device("cpu")).epoch(seed=0, epoch=0))
+    model, variances = build(10, side).train(), []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda norm, args: variances.append(args[0].var((0, 2, 3)).min() / norm.eps)
+            )
+    with torch.no_grad():
+        for choice in SINGLE + draw(10):
+            model(x, choice)
+    assert min(variances) > 10
+
+
+def test_at_first_the_paths_nearly_agree_near_the_identity() -> None:
+    """What the official weights lack: two random paths give the classifier features that correlate."""
+    dataset = load_dataset("digits", "", 16)
+    x, _ = next(Batches(dataset, dataset.train, 64, torch.device("cpu")).epoch(seed=0, epoch=0))
+    agreement = {}
+    for init in INITS:
+        model = build(10, 16, init=init).train()
+        with torch.no_grad():
+            features = [model.path(choice)[:-1](x).mean((2, 3)).flatten() for choice in draw(2)]
+        agreement[init] = np.corrcoef(*features)[0, 1]
+    assert agreement["identity"] > 0.8 > 0.5 > agreement["official"]
+
+
+@pytest.mark.parametrize(("side", "init"), [(8, "identity"), (64, "identity"), (65, "official"), (224, "official")])
+def test_the_size_of_the_images_chooses_the_initial_weights(side: int, init: str) -> None:
+    default, chosen = build(10, side), build(10, side, init=init)
+    assert default_init(side) == init
+    assert torch.equal(default.layers[3]["shuffle5"].main[0].weight, chosen.layers[3]["shuffle5"].main[0].weight)
 
 
 @pytest.mark.parametrize("choice", [(0,) * 19, (0,) * 21, (), (4,) + (0,) * 19, (0,) * 19 + (-1,)])

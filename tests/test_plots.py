@@ -89,7 +89,7 @@ def test_an_interval_of_tau_holds_about_95_of_100_truths() -> None:
 
 def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> None:
     """The tau is that of the random ones: neither controls, nor the best, nor children, nor what nobody trained."""
-    rows = [row | {"index": i} for i, row in enumerate(made(4))]
+    rows = [row | {"index": i, "loss": 1 + 0.01 * i} for i, row in enumerate(made(4))]
     for i, row in enumerate(rows):
         row["choice"] = "-".join(["0"] * 19 + [str(i)])
     rows += [made(1)[0] | {"generation": -1, "choice": "-".join("1" * 20), "index": 0}]
@@ -108,14 +108,17 @@ def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> 
         "single block: 50.00% -> 95.00%",
         "search's best: 80.00% -> 99.00%",
     ]
-    assert "Kendall's tau of 3 random architectures: 0.33" in lines[5]
+    assert "Kendall's tau of 3 random architectures, by accuracy: 0.33" in lines[5]
+    assert "Kendall's tau of 3 random architectures, by loss: -0.33" in lines[6]
     assert min(Image.open(tmp_path / "standalone.png").size) > 300
 
 
 def test_networks_that_are_all_at_chance_have_no_rank_correlation(tmp_path: Path) -> None:
     rows = [row | {"choice": "-".join(["0"] * 19 + [str(i)])} for i, row in enumerate(made(4))]
     results = [{"choice": row["choice"], "test_accuracy": 10.0} for row in rows]
-    assert "random architectures: not defined" in plot_standalone(rows, results, tmp_path / "standalone.png")[-1]
+    assert (
+        "random architectures, by loss: not defined" in plot_standalone(rows, results, tmp_path / "standalone.png")[-1]
+    )
 
 
 def test_epochs_without_validation_are_left_out(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def load(run: Run) -> tuple[Supernet, Batches, Batches]:
     return model, calibration, Batches(dataset, dataset.search, 64, CPU)
 
 
-def naive(run: Run, choices: list[tuple]) -> Iterator[tuple[nn.Sequential, float, float]]:
-    """Path by path, with torch's own recalibration: the path as a view, its accuracy and its loss."""
+def naive(run: Run, choices: list[tuple]) -> Iterator[tuple[nn.Sequential, list[float]]]:
+    """Path by path, with torch's own recalibration: the path as a view, and its scores."""
     model, calibration, scored = load(run)
     for choice in choices:
         path = model.path(choice)
@@ -63,8 +63,10 @@ def naive(run: Run, choices: list[tuple]) -> Iterator[tuple[nn.Sequential, float
         path.eval()
         with torch.no_grad():
             logits = torch.cat([path(x) for x, _ in scored])
-        accuracy = 100 * (logits.argmax(1) == scored.labels).double().mean().item()
-        yield path, accuracy, F.cross_entropy(logits.double(), scored.labels).item()
+        half = Scorer(load(run)[0], None, scored).first_half
+        hits = 100 * (logits.argmax(1) == scored.labels).double()
+        losses = F.cross_entropy(logits.double(), scored.labels, reduction="none")
+        yield path, [part.mean().item() for scores in (hits, losses) for part in (scores, scores[half])]
 
 
 def test_shared_prefixes_give_each_path_what_it_would_get_alone(run: Run) -> None:
@@ -81,9 +83,9 @@ def test_shared_prefixes_give_each_path_what_it_would_get_alone(run: Run) -> Non
     with torch.inference_mode():
         statistics = scorer.calibrate(choices)
     scores = scorer.score(choices)
-    for choice, score, (path, accuracy, loss) in zip(choices, scores, naive(run, choices), strict=True):
-        assert score[0] == pytest.approx(accuracy, abs=1e-9)
-        assert score[2] == pytest.approx(loss, abs=1e-5)
+    for choice, score, (path, expected) in zip(choices, scores, naive(run, choices), strict=True):
+        assert score[:2] == pytest.approx(expected[:2], abs=1e-9)
+        assert score[2:] == pytest.approx(expected[2:], abs=1e-5)
         for depth, module in enumerate(list(path)[:-1]):
             norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
             for norm, (mean, var) in zip(norms, statistics[depth, choice[:depth]], strict=True):
@@ -141,7 +143,7 @@ def test_the_halves_are_fixed_and_equal(run: Run) -> None:
     assert torch.equal(scorer.first_half, Scorer(model, None, scored).first_half)
     fake = torch.zeros(1, 300, 10)
     fake[0, torch.arange(300), scored.labels] = scorer.first_half.float()  # right on the first half, else class 0
-    hits, first, _ = random_search.batch_sums(fake, scored.labels, scorer.first_half)[0].tolist()
+    hits, first, *_ = random_search.batch_sums(fake, scored.labels, scorer.first_half)[0].tolist()
     assert first == 150 and hits == 150 + (scored.labels[~scorer.first_half] == 0).sum()
 
 
@@ -152,13 +154,13 @@ def test_a_search_writes_what_it_promises(search: Run) -> None:
     assert [int(row["generation"]) for row in record] == [-1] * 4 + [0] * 12
     assert [row["choice"] for row in record[:4]] == ["-".join(str(n) * 20) for n in range(4)]
     assert len({row["choice"] for row in record}) == 16
-    best = min(record[4:], key=lambda r: (-float(r["accuracy"]), float(r["loss"]), int(r["index"])))
+    order = sorted(record[4:], key=lambda r: (float(r["loss"]), -float(r["accuracy"]), int(r["index"])))
+    best, top = order[0], order[:3]
     result = found(search.folder)
     accuracy = float(best["accuracy"])
     assert (result["choice"], result["accuracy"], result["split"]) == (best["choice"], accuracy, "search")
     assert result["standard_error"] == pytest.approx(math.sqrt(accuracy * (100 - accuracy) / 300))
     assert result["statistics"]["paths"] == 12 and result["statistics"]["images"] == 300
-    top = sorted(record[4:], key=lambda r: (-float(r["accuracy"]), float(r["loss"]), int(r["index"])))[:3]
     assert [row["choice"] for row in result["top"]] == [row["choice"] for row in top]
     assert all(0 <= row["test_accuracy"] <= 100 for row in result["top"])
 
@@ -173,6 +175,31 @@ def test_what_is_printed_can_be_acted_on(search: Run) -> None:
     args, _ = supernet.parse_args(command[2:])
     assert (args.choice, args.dataset, args.image_size) == (result["choice"], "digits", 8)
     assert args.supernet_accuracy == result["accuracy"]
+
+
+def test_a_finished_search_may_be_ranked_the_other_way(search: Run, tmp_path: Path) -> None:
+    """The record stays; the choice is the best by accuracy, and of equal ones the one with the smaller loss."""
+    shutil.copytree(search.folder, tmp_path / "copy")
+    random_search.main([*search.flags, "--search_dir", str(tmp_path / "copy"), "--rank_by", "accuracy"])
+    record, result = rows(tmp_path / "copy"), found(tmp_path / "copy")
+    assert record == rows(search.folder) and result["statistics"] == found(search.folder)["statistics"]
+    best = min(record[4:], key=lambda r: (-float(r["accuracy"]), float(r["loss"])))
+    assert result["choice"] == best["choice"] and result["accuracy"] == float(best["accuracy"])
+    assert "the best by accuracy" in (tmp_path / "copy" / "log.txt").read_text()
+
+
+def test_a_record_of_an_earlier_version_is_refused(search: Run, tmp_path: Path) -> None:
+    """Its table lacks the loss on the first half."""
+    shutil.copytree(search.folder, tmp_path / "old")
+    with open(tmp_path / "old" / "paths.csv", "w", newline="") as file:
+        names = [name for name in random_search.COLUMNS if name != "half_loss"]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows(search.folder))
+    with pytest.raises(
+        UserError, match="does not begin with the line index,choice,accuracy,half_accuracy,loss,half_loss"
+    ):
+        random_search.main([*search.flags, "--search_dir", str(tmp_path / "old")])
 
 
 def test_the_test_accuracy_is_that_of_the_test_images(run: Run, search: Run) -> None:
@@ -488,13 +515,14 @@ def test_scores_that_are_not_finite_are_counted_and_never_chosen(run: Run, searc
     assert len(rows(tmp_path / "b")) == 16
 
 
-def test_the_reliability_is_that_of_parallel_halves() -> None:
+@pytest.mark.parametrize("by", ["accuracy", "loss"])
+def test_the_reliability_is_that_of_parallel_halves(by: str) -> None:
     """Scores made of a true value and independent noise on each half: the formula finds the share of the truth."""
     rng = np.random.default_rng(0)
     true, noise = rng.normal(60, 1, 5000), rng.normal(0, 1.5, (2, 5000))
     halves = true + noise
-    made = [{"accuracy": a, "half_accuracy": h} for a, h in zip(halves.mean(0), halves[0], strict=True)]
-    reliability, within = ranking(made)
+    made = [{f"half_{by}": h, by: a} for a, h in zip(halves.mean(0), halves[0], strict=True)]
+    reliability, within = ranking(made, by)
     assert reliability == pytest.approx(1 / (1 + 1.5**2 / 2), abs=0.03)
     assert within == pytest.approx(1.5 / math.sqrt(2), abs=0.05)
 
@@ -524,7 +552,7 @@ def evolved(search: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def best(record: list[dict], count: int) -> list[tuple]:
-    order = sorted(record, key=lambda r: (-float(r["accuracy"]), float(r["loss"]), int(r["generation"])))
+    order = sorted(record, key=lambda r: (float(r["loss"]), -float(r["accuracy"]), int(r["generation"])))
     return [tuple(int(n) for n in row["choice"].split("-")) for row in order[:count]]
 
 
@@ -539,7 +567,7 @@ def test_evolution_goes_on_with_the_record_of_a_random_search(search: Run, evolv
     own = [row for row in record if row["generation"] in "12" or (row["generation"] == "0" and int(row["index"]) < 6)]
     top = max(float(row["accuracy"]) for row in own)
     assert result["evolution"] == {"generations": 2, "evaluations": 18, "best": top}
-    assert result["accuracy"] == max(float(row["accuracy"]) for row in record[4:])
+    assert result["loss"] == min(float(row["loss"]) for row in record[4:])
     assert (evolved.folder / "evolution.png").stat().st_size > 10_000
 
 
@@ -573,10 +601,11 @@ def test_a_killed_evolution_ends_as_an_uninterrupted_one(evolved: Run, search: R
         assert (folder / "evolution.png").read_bytes() == (evolved.folder / "evolution.png").read_bytes()
 
 
-@pytest.mark.parametrize("flag", ["population", "parents", "mutation_prob"])
-def test_an_evolution_of_other_settings_is_refused(evolved: Run, flag: str) -> None:
-    value = {"population": "5", "parents": "2", "mutation_prob": "0.5"}[flag]
-    with pytest.raises(UserError, match=rf"{flag} (6|3|0.1), this command {value}"):
+@pytest.mark.parametrize(
+    ("flag", "value"), [("population", "5"), ("parents", "2"), ("mutation_prob", "0.5"), ("rank_by", "accuracy")]
+)
+def test_an_evolution_of_other_settings_is_refused(evolved: Run, flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{flag} (6|3|0.1|loss), this command {value}"):
         random_search.main([*evolved.flags, f"--{flag}", value])
 
 

@@ -51,7 +51,7 @@ def trained(tiny_cifar: Cifar, tmp_path_factory: pytest.TempPathFactory) -> Simp
     return SimpleNamespace(folder=folder, flags=list(map(str, flags)), out=out, left=left)
 
 
-def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(trained, cifar, one_thread) -> None:
+def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(trained, cifar) -> None:
     """pytorch/pytorch#90171, pytorch/pytorch#69031: one path a step; BatchNorm is that of each half."""
     args, _ = supernet.parse_args(trained.flags)
     dataset = load_dataset("cifar10", args.data_dir, 32)
@@ -138,7 +138,7 @@ def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_o
     assert len(orders) == 2
 
 
-def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path, one_thread) -> None:
+def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path) -> None:
     random_search.main([*search.flags, "--search_dir", str(tmp_path / "one")])
     process = torchrun("random_search.py", *search.flags, "--search_dir", tmp_path / "two")
     out, err = process.communicate(timeout=120)

@@ -1,20 +1,22 @@
 """supernet.py: what it learns, what it writes, how it goes on, what it refuses."""
 
+import copy
 import csv
 import json
 import math
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import supernet
 from conftest import TINY, Run
 from data.datasets import load_dataset
+from data.loaders import Batches
 from model import Supernet
 from utils import UserError, load_checkpoint
 
@@ -102,6 +104,36 @@ def test_resume_takes_the_runs_settings_and_refuses_others(run: Run) -> None:
     assert supernet.parse_args([*where, "--workers", "7"])[0].workers == 7
 
 
+def test_the_initial_weights_are_part_of_a_run(run: Run, tmp_path: Path) -> None:
+    """They are recorded, go on with it, and are those that were asked for."""
+    for init in ("identity", "official"):
+        flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", init, "--epochs", "1", "--learning_rate", "1e-20"]
+        supernet.main([*flags, "--init", init])
+        torch.manual_seed(0)
+        name = "layers.2.xception.main.2.weight"
+        assert torch.equal(weights(tmp_path / init)[name], Supernet(10, 8, init=init).state_dict()[name])
+        assert json.loads((tmp_path / init / "args.json").read_text())["init"] == init
+        assert supernet.parse_args([*flags, "--resume"])[0].init == init
+    with pytest.raises(UserError, match="init official, this command identity"):
+        supernet.parse_args([*flags, "--resume", "--init", "identity"])
+    assert load_checkpoint(run.folder / "last.pth")["args"]["init"] == "identity"
+
+
+def test_a_run_of_an_earlier_version_goes_on_only_if_it_goes_on_alike(run: Run, tmp_path: Path) -> None:
+    """Before --init, weights were the official ones, and the rate fell per epoch, but for ImageNet."""
+    for dataset, epoch in (("digits", 1), ("imagenet", 1), ("digits", 2)):
+        content = load_checkpoint(run.folder / "last.pth") | {"epoch": epoch}
+        content["args"]["dataset"] = dataset
+        del content["args"]["init"]
+        (tmp_path / f"{dataset}{epoch}").mkdir()
+        torch.save(content, tmp_path / f"{dataset}{epoch}" / "last.pth")
+    flags = ["--out_dir", str(tmp_path), "--resume", "--exp_name"]
+    with pytest.raises(UserError, match=r"last\.pth is of an earlier version.*per epoch.*--overwrite"):
+        supernet.parse_args([*flags, "digits1"])
+    for finished in ("imagenet1", "digits2"):
+        assert supernet.parse_args([*flags, finished])[0].init == "official"
+
+
 def test_nothing_to_resume_begins_anew_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     supernet.main([*TINY, "--out_dir", str(tmp_path), "--exp_name", "new", "--epochs", "1", "--resume"])
     assert "nothing to resume" in capsys.readouterr().out
@@ -173,6 +205,45 @@ def test_every_step_trains_in_training_mode_on_a_path_of_its_own(tmp_path: Path,
     assert weights(tmp_path / "modes")["stem.1.num_batches_tracked"] == len(steps)
 
 
+@pytest.mark.parametrize("size", [250, 7, 1])
+def test_a_supernet_is_validated_with_each_batchs_own_statistics(run: Run, size: int) -> None:
+    """As F.batch_norm has them in training, and without a trace in any buffer; also of a single image."""
+    model = Supernet(10, 8)
+    model.load_state_dict(load_checkpoint(run.folder / "last.pth")["model"])
+    dataset = load_dataset("digits", "", 8)
+    batches = Batches(dataset, dataset.search.subset(range(50)), size, torch.device("cpu"))
+    paths, before = supernet.random_paths(model, batches, 0), copy.deepcopy(model.state_dict())
+    measured = supernet.evaluate(model, batches, paths, own_statistics=True)
+    assert same(before, model.state_dict())
+    reference = copy.deepcopy(model).train()
+    with torch.no_grad():
+        logits = torch.cat([reference(x, choice) for (x, _), choice in zip(batches, paths, strict=True)])
+    assert measured["top1"] == pytest.approx(100 * (logits.argmax(1) == batches.labels).float().mean().item())
+    assert measured["loss"] == pytest.approx(F.cross_entropy(logits, batches.labels).item(), rel=1e-5)
+    network = copy.deepcopy(model).train()
+    network(torch.ones(2, 3, 8, 8), paths[0])
+    assert network.stem[1].num_batches_tracked == model.stem[1].num_batches_tracked + 1  # training goes on counting
+
+
+def test_validation_batches_hold_images_of_every_class(tmp_path: Path, monkeypatch) -> None:
+    """Folders come class by class; statistics of one class would take away what tells it from the others."""
+    seen, original = [], supernet.evaluate
+
+    def evaluate(model, batches, *rest, **more):
+        seen.extend(y.unique().tolist() for _, y in batches)
+        return original(model, batches, *rest, **more)
+
+    def by_class(*args):
+        dataset = load_dataset(*args)
+        dataset.search = dataset.search.subset(dataset.search.labels.argsort().tolist())
+        return dataset
+
+    monkeypatch.setattr(supernet, "evaluate", evaluate)
+    monkeypatch.setattr(supernet, "load_dataset", by_class)
+    supernet.main([*TINY, "--out_dir", str(tmp_path), "--exp_name", "sorted", "--epochs", "1"])
+    assert seen == [list(range(10))] * 2
+
+
 def test_test_images_change_nothing_that_is_learned(run: Run, tmp_path: Path, monkeypatch) -> None:
     """kuangliu/pytorch-cifar#145: with other test images, training and validation are the same to the last bit."""
 
@@ -196,7 +267,7 @@ def test_bf16_training_keeps_fp32_weights(tmp_path: Path) -> None:
 def test_one_architecture_trains_by_the_same_loop_and_is_tested_once(search: Run, tmp_path: Path, monkeypatch) -> None:
     tested, original = [], supernet.evaluate
     monkeypatch.setattr(
-        supernet, "evaluate", lambda model, b, paths: tested.append(len(b.labels)) or original(model, b, paths)
+        supernet, "evaluate", lambda model, b, *rest: tested.append(len(b.labels)) or original(model, b, *rest)
     )
     choice = search.folder / "search.json"
     flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", "alone", "--epochs", "2", "--choice", str(choice)]
@@ -280,15 +351,19 @@ def test_presets_suit_the_data_and_flags_win(flags: list[str], expected: dict) -
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
-def test_the_rate_falls_from_its_start_towards_zero(schedule: str, dataset: str) -> None:
-    """mlfoundations/open_clip#413: never negative, never rising; ImageNet's falls at every step."""
-    args = Namespace(dataset=dataset, epochs=5, learning_rate=0.4, lr_schedule=schedule)
-    rates = [supernet.learning_rate(args, epoch, step / 10) for epoch in range(5) for step in range(10)]
-    if schedule == "linear":
-        expected = [0.4 * (1 - (i if dataset == "imagenet" else i - i % 10) / 50) for i in range(50)]
-        assert rates == pytest.approx(expected)
-    assert rates[0] == 0.4 and 0 < rates[-1] < 0.1 and rates == sorted(rates, reverse=True)
+def test_the_rate_falls_at_every_step_from_its_start_to_almost_zero(tmp_path: Path, monkeypatch, schedule: str) -> None:
+    """mlfoundations/open_clip#413: never negative, never rising."""
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self: rates.append([group["lr"] for group in self.param_groups]) or step(self)
+    )
+    flags = ["--exp_name", "rates", "--epochs", "2", "--learning_rate", "0.04", "--lr_schedule", schedule]
+    supernet.main([*TINY, "--out_dir", str(tmp_path), *flags])
+    done = [i / len(rates) for i in range(len(rates))]
+    falls = {"linear": [1 - d for d in done], "cosine": [math.cos(math.pi * d / 2) ** 2 for d in done]}
+    assert len(rates) == 18 and [weights for weights, _ in rates] == pytest.approx([0.04 * f for f in falls[schedule]])
+    assert all(weights == scales for weights, scales in rates)
+    assert float(metrics(tmp_path / "rates")[1]["lr"]) == rates[9][0]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +383,8 @@ def test_the_rate_falls_from_its_start_towards_zero(schedule: str, dataset: str)
         ["--resume", "--overwrite"],
         ["--train_on", "all"],
         ["--init_from", "last.pth"],
+        ["--init_from", "last.pth", "--choice", "-".join("0" * 20), "--init", "official"],
+        ["--init", "zero"],
         ["--image_size", "64"],
         ["--exp_name", "../up"],
         ["--exp_name", ".."],
