@@ -87,15 +87,28 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm that does not count its calls in training: with 60 layers that is many tiny kernels a step.
+
+    The counter stays in the state. Without a momentum, for a plain mean over calls, it is needed and counts.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.momentum is None:
+            return super().forward(x)
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+
+
 def depthwise(channels: int, kernel: int, stride: int, affine: bool) -> list[nn.Module]:
     """Depthwise convolution and BatchNorm, no activation: (N, C, H, W) -> (N, C, H/stride, W/stride)."""
-    return [DepthwiseConv(channels, kernel, stride), nn.BatchNorm2d(channels, affine=affine)]
+    return [DepthwiseConv(channels, kernel, stride), BatchNorm(channels, affine=affine)]
 
 
 def pointwise(in_channels: int, out_channels: int, affine: bool) -> list[nn.Module]:
     """1x1 convolution, BatchNorm, ReLU: (N, in, H, W) -> (N, out, H, W)."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
-    return [conv, nn.BatchNorm2d(out_channels, affine=affine), nn.ReLU(inplace=True)]
+    return [conv, BatchNorm(out_channels, affine=affine), nn.ReLU(inplace=True)]
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, Block, pointwise
+from blocks import CANDIDATES, BatchNorm, Block, pointwise
 
 Choice = tuple[int, ...]
 
@@ -92,7 +92,7 @@ class Supernet(nn.Module):
         stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
         self.stem = nn.Sequential(
             nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False),
-            nn.BatchNorm2d(STEM_CHANNELS, affine=affine),
+            BatchNorm(STEM_CHANNELS, affine=affine),
             nn.ReLU(inplace=True),
         )
         self.layers = nn.ModuleList()

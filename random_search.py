@@ -108,8 +108,6 @@ class Scorer:
             module: [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
             for module in (model.stem, *blocks, model.last)
         }
-        for norm in chain(*self.norms.values()):
-            norm.num_batches_tracked = None  # else every BatchNorm counts its calls, on the device
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, Block, DepthwiseConv, DepthwiseFunction, ShuffleSplit
+from blocks import CANDIDATES, BatchNorm, Block, DepthwiseConv, DepthwiseFunction, ShuffleSplit
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = {"stride1": (64, 64, 1), "widening": (16, 64, 1), "stride2": (16, 64, 2)}
@@ -122,6 +122,22 @@ def test_depthwise_is_the_same_without_gradients(kernel: int) -> None:
     expected = F.conv2d(x, conv.weight, padding=kernel // 2, groups=6)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_batchnorm_is_torchs_but_for_the_count(affine: bool, momentum: float | None, tracked: bool) -> None:
+    """Outputs and buffers, in training and then in evaluation; a cumulative mean needs the count and has it."""
+    ours, theirs = (kind(6, affine=affine, momentum=momentum) for kind in (BatchNorm, nn.BatchNorm2d))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.track_running_stats = theirs.track_running_stats = tracked
+    for seed in range(3):
+        x = noise(4, 6, 5, 5 + seed)
+        assert torch.equal(ours.train()(x), theirs.train()(x))
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    assert torch.equal(ours.running_mean, theirs.running_mean) and torch.equal(ours.running_var, theirs.running_var)
+    assert ours.num_batches_tracked == (3 if momentum is None and tracked else 0)
 
 
 @each_candidate
