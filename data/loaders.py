@@ -13,6 +13,8 @@ from utils import UserError, generator, memory_format, rank, ranks
 
 Batch = tuple[Tensor, Tensor]
 
+AUGMENTED = 2048  # images that are augmented together: some twenty kernels for many steps, and not for each
+
 
 class Batches:
     """The batches of one split, as pairs of images (N, 3, S, S) float and labels (N,), both on the device.
@@ -74,23 +76,27 @@ class Batches:
     def _augmented(self, order: Tensor, places: list[Tensor], rng: torch.Generator, length: int) -> Iterator[Batch]:
         side = self.dataset.image_size
         padding = side // 8
-        mine, sizes = torch.cat(places), [len(batch) for batch in places]
+        sizes = [len(batch) for batch in places]
+        at_once = max(1, AUGMENTED // max(sizes))
+        groups = [sizes[i : i + at_once] for i in range(0, len(sizes), at_once)]
+        mine, lengths = torch.cat(places), [sum(group) for group in groups]
 
         def spread(values: Tensor) -> Sequence[Tensor]:  # for the whole epoch at once: no waiting in a step
-            return values[mine].to(self.device).split(sizes)
+            return values[mine].to(self.device).split(lengths)
 
         def draws(high: int) -> Sequence[Tensor]:
             return spread(torch.randint(high, (len(order),), generator=rng))
 
         chosen, down, right, flip = spread(order), draws(2 * padding + 1), draws(2 * padding + 1), draws(2)
         row, column = draws(side), draws(side)
-        for i, indices in enumerate(chosen):
+        for i, (indices, group) in enumerate(zip(chosen, groups, strict=True)):
             mirrored = flip[i].bool() & self.dataset.flip
             images = crop_and_flip(self.pixels[indices].permute(0, 3, 1, 2), down[i], right[i], mirrored, padding)
             images = normalise(images, self.mean, self.std)
             if length:
                 images = cutout(images, row[i], column[i], length)
-            yield images.contiguous(memory_format=self.memory_format), self.labels[indices]
+            images = images.contiguous(memory_format=self.memory_format)
+            yield from zip(images.split(group), self.labels[indices].split(group), strict=True)
 
     def _streamed(self, batches: Sequence[Tensor], transform, seed: int | None = None) -> Iterator[Batch]:
         loader = DataLoader(
