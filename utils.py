@@ -134,7 +134,7 @@ def new_parser(description: str, data_dir: str | None = "./data") -> argparse.Ar
     parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")
     parser.add_argument("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
     workers = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=number(int, 0), default=workers, help="processes or threads that read images")
+    parser.add_argument("--workers", type=number(int, 0), default=workers, help="processes that read images")
     return parser
 
 

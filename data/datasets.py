@@ -4,8 +4,7 @@ import os
 import random
 import tarfile
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from torchvision.datasets.utils import check_integrity
@@ -24,6 +25,7 @@ from utils import UserError, bar, first_goes_first, log, refuse_changes
 
 # The largest images that are decoded once and kept on the device, and how much room they may take there.
 RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
+DECODED = 64  # images that a worker decodes and hands over at once
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224, "folder": 32, "digits": 16}
 
@@ -237,18 +239,49 @@ def read_image(path: str) -> Image.Image:
 def decode(files: list[str], image_size: int, workers: int) -> Tensor:
     """The images of many files, each resized by its shorter side and cropped at the centre: uint8 (N, 3, S, S)."""
 
-    def read(path: str) -> np.ndarray:
-        image = read_image(path)
-        if image.size != (image_size, image_size):
-            image = transform.resize(image, evaluation_resize(image_size), antialias=True)
-            image = transform.center_crop(image, image_size)
-        return np.asarray(image)
+    images = torch.empty((len(files), image_size, image_size, 3), dtype=torch.uint8)
+    places = torch.arange(len(files)).split(DECODED)
+    parts = read_in_workers(_Decoded(files, image_size), places, workers if len(places) > 1 else 0)
+    for place, part in zip(places, bar(parts, "reading images", len(places)), strict=True):
+        images[place] = part
+    return images.permute(0, 3, 1, 2)
 
-    images = np.empty((len(files), image_size, image_size, 3), dtype=np.uint8)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(bar(pool.map(read, files), "reading images", len(files))):
-            images[i] = image
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+class _Decoded(TorchDataset):
+    """Images read from files, as uint8 (S, S, 3)."""
+
+    def __init__(self, files: list[str], image_size: int):
+        self.files, self.image_size = files, image_size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        image = read_image(self.files[index])
+        if image.size != (self.image_size, self.image_size):
+            image = transform.resize(image, evaluation_resize(self.image_size), antialias=True)
+            image = transform.center_crop(image, self.image_size)
+        return np.array(image)
+
+
+def read_in_workers(
+    dataset: TorchDataset, batches: Sequence[Tensor], workers: int, pin_memory: bool = False
+) -> Iterator:
+    """The batches of a data set that reads files, in order, by that many processes; 0: by this one.
+
+    Raises UserError for what a worker raises as such, and if the machine has too little shared memory for them.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[indices.tolist() for indices in batches],
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    try:
+        yield from loader
+    except UserError as error:  # its traceback would keep the dying workers waited for, 5 seconds each
+        raise error.with_traceback(None) from None
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "shm" not in str(error):
+            raise
+        raise UserError("too little shared memory for the workers: use --workers 0, or enlarge /dev/shm") from None
 
 
 def evaluation_resize(image_size: int) -> int:

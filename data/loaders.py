@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data.augment import crop_and_flip, cutout, normalise, streamed_transform
-from data.datasets import Dataset, Split, read_image
-from utils import UserError, generator, memory_format, rank, ranks
+from data.datasets import Dataset, Split, read_image, read_in_workers
+from utils import generator, memory_format, rank, ranks
 
 Batch = tuple[Tensor, Tensor]
 
@@ -99,22 +98,10 @@ class Batches:
             yield from zip(images.split(group), self.labels[indices].split(group), strict=True)
 
     def _streamed(self, batches: Sequence[Tensor], transform, seed: int | None = None) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Files(self.files, transform, seed),
-            batch_sampler=[indices.tolist() for indices in batches],
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        try:
-            for images, indices in loader:
-                images, indices = (tensor.to(self.device, non_blocking=True) for tensor in (images, indices))
-                yield self._plain(images), self.labels[indices]
-        except UserError as error:  # its traceback would keep the dying workers waited for, 5 seconds each
-            raise error.with_traceback(None) from None
-        except RuntimeError as error:
-            if "shared memory" not in str(error) and "shm" not in str(error):
-                raise
-            raise UserError("too little shared memory for the workers: use --workers 0, or enlarge /dev/shm") from None
+        files = _Files(self.files, transform, seed)
+        for batch in read_in_workers(files, batches, self.workers, self.device.type == "cuda"):
+            images, indices = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            yield self._plain(images), self.labels[indices]
 
     def _plain(self, images: Tensor) -> Tensor:
         return normalise(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
