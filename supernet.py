@@ -188,13 +188,24 @@ def learning_rate(args: argparse.Namespace, done: float) -> float:
     return args.learning_rate * (1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def build_optimizer(model: Supernet, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with weight decay on convolutions and classifier, and none on BatchNorm's scales and shifts."""
+def build_optimizer(model: Supernet, args: argparse.Namespace, state: dict | None = None) -> torch.optim.SGD:
+    """SGD with weight decay on convolutions and classifier, and none on BatchNorm's scales and shifts.
+
+    state: of an optimizer that is to go on.
+    """
     weights = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    # Not fused: with momentum it fails on parameters of which only some have been sampled before.
-    return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        for weight in group["params"]:
+            # Fused, it fails where only some of a path's weights have momentum yet; to begin with zeros is the same.
+            if optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def parallel(model: Supernet) -> Network:
@@ -352,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(dataset, args, device)
     if weights is not None:
         take_path(model, weights, args)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, checkpoint["optimizer"] if checkpoint else None)
     if checkpoint is None:
         if rank() == 0:
             delete_files(folder, RUN_FILES)
@@ -362,7 +373,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info(f"nothing to resume in {folder}: beginning anew")
     else:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
         log.info(f"resuming after epoch {len(rows)}")
     describe(dataset, data, model, device)
     if rank() == 0:

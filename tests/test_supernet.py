@@ -80,6 +80,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path, mon
     assert all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
 
 
+def test_momentum_of_an_earlier_version_goes_on(run: Run) -> None:
+    """Which lacks the buffers of what no step had touched, and was not fused."""
+    args, checkpoint = supernet.parse_args([*run.flags, "--resume"])
+    model = Supernet(10, 8)
+    model.load_state_dict(checkpoint["model"])
+    state = checkpoint["optimizer"]
+    kept = {i: value for i, value in state["state"].items() if i % 3}
+    state = {"state": kept, "param_groups": [group | {"fused": None} for group in state["param_groups"]]}
+    optimizer = supernet.build_optimizer(model, args, copy.deepcopy(state))
+    F.cross_entropy(model(torch.ones(2, 3, 8, 8), (0,) * 20), torch.tensor([0, 1])).backward()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    rate, momentum, decay = (optimizer.param_groups[0][name] for name in ("lr", "momentum", "weight_decay"))
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.grad is None:
+            assert torch.equal(parameter, before[name])
+        else:
+            buffer = kept[i]["momentum_buffer"] if i in kept else 0
+            moved = rate * (momentum * buffer + parameter.grad + decay * before[name])
+            torch.testing.assert_close(parameter, before[name] - moved)
+
+
 def test_another_seed_trains_another_network(run: Run, tmp_path: Path) -> None:
     """MichiganCOG/ViP#25."""
     supernet.main([*TINY, "--out_dir", str(tmp_path), "--exp_name", "other", "--epochs", "1", "--seed", "1"])
