@@ -41,6 +41,7 @@ from utils import (
     on_first,
     open_log,
     pick_device,
+    pick_precision,
     rank,
     ranks,
     read_json,
@@ -68,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--search_dir", help="where the results go (default: search/ beside the checkpoint)")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
     add("--calibration_images", type=number(int, 0), default=2000, help="training images for BatchNorm; 0: none")
-    add("--batch_size", type=number(int, 1), default=250, help="images a step when scoring; changes no score")
+    add(
+        "--batch_size",
+        type=number(int, 1),
+        help="images a step when scoring; changes no score (default: 250; CUDA: 1000)",
+    )
     add("--min_flops", type=number(float, 0), help="smallest architecture, in millions of multiply-adds")
     add("--max_flops", type=number(float, 0), help="largest architecture, in millions of multiply-adds")
     add("--generations", type=number(int, 0), default=0, help="of evolution, which begins with the first random paths")
@@ -191,16 +196,19 @@ def flops_limits(model: Supernet, args: argparse.Namespace) -> tuple[int | None,
     return low, high
 
 
-def check_folder(folder: Path, settings: dict, overwrite: bool) -> dict:
+def check_folder(folder: Path, settings: dict, device: torch.device, overwrite: bool) -> dict:
     """Makes the search's folder; returns the settings of its record, with those of an evolution that began earlier.
 
+    The precision "auto" becomes that of the record, or without one what suits the device.
     Raises UserError if it holds a record that these settings would not go on with.
     """
     make_folder(folder, "--search_dir")
+    before = read_json(folder / "args.json") if (folder / "args.json").exists() and not overwrite else {}
+    if settings["precision"] == "auto":
+        settings["precision"] = before.get("precision") or pick_precision("auto", device)
     if overwrite:
         return settings
-    if (folder / "args.json").exists():
-        before = read_json(folder / "args.json")
+    if before:
         begun = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
         advice = "take another --search_dir, or --overwrite to delete the record"
         refuse_changes(before, begun, f"the search in {folder}", advice)
@@ -398,7 +406,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"checkpoint": checkpoint["sha256"], "split": args.split, "seed": args.seed, "precision": args.precision}
     settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
     settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations}
-    settings = on_first(lambda: check_folder(folder, settings, args.overwrite))
+    settings = on_first(lambda: check_folder(folder, settings, device, args.overwrite))
+    args.precision = settings["precision"]
+    args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
 
     args.ckpt, args.data_dir = str(path), args.data_dir or checkpoint["args"]["data_dir"]
     open_log(None)
@@ -408,12 +418,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     open_log(folder / "log.txt")
     log.info(f"supernet     {path}, {checkpoint['epoch']} epochs on {facts['name']}")
     log.info(f"device       {describe_device(device)}, {args.precision}")
-    model = model.to(device, memory_format=memory_format(device))
+    model = model.to(device, memory_format=memory_format(device, args.precision))
     calibration = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
     if calibration is not None:
-        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, device, args.workers)
+        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, device, args.workers, args.precision)
     scored, test = (
-        Batches(dataset, split, args.batch_size, device, args.workers)
+        Batches(dataset, split, args.batch_size, device, args.workers, args.precision)
         for split in (dataset.test if args.split == "test" else dataset.search, dataset.test)
     )
     scorer = Scorer(model, calibration, scored, args.precision)

@@ -41,6 +41,7 @@ from utils import (
     on_first,
     open_log,
     pick_device,
+    pick_precision,
     rank,
     ranks,
     read_json,
@@ -163,7 +164,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
             )
         checkpoint["args"]["init"] = None if checkpoint["args"].get("init_from") else "official"
     given = {name: getattr(args, name) for name in explicit_flags(build_parser(argv), argv)}
-    fixed = {name: value for name, value in given.items() if name not in FREE}
+    fixed = {
+        name: value for name, value in given.items() if name not in FREE and (name, value) != ("precision", "auto")
+    }
     refuse_changes(checkpoint["args"], fixed, str(last), "leave the flag out to go on, or take another --exp_name")
     free = {name: getattr(args, name) for name in FREE if name in given or name not in checkpoint["args"]}
     return argparse.Namespace(**checkpoint["args"] | free), checkpoint
@@ -313,7 +316,8 @@ def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.devic
     order = stream(args.seed, "validation order").sample(range(len(dataset.search)), len(dataset.search))
     sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
     splits = {"train": train, "search": dataset.search.subset(order), "test": dataset.test}
-    return {name: Batches(dataset, splits[name], sizes[name], device, args.workers) for name in splits}
+    how = device, args.workers, args.precision
+    return {name: Batches(dataset, splits[name], sizes[name], *how) for name in splits}
 
 
 def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Supernet:
@@ -321,7 +325,7 @@ def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device
     torch.manual_seed(args.seed)
     choice = parse_choice(args.choice) if args.choice else None
     model = Supernet(len(dataset.classes), dataset.image_size, choice is not None, choice, args.init)
-    return model.to(device, memory_format=memory_format(device))
+    return model.to(device, memory_format=memory_format(device, args.precision))
 
 
 def take_path(model: Supernet, weights: dict[str, Tensor], args: argparse.Namespace) -> None:
@@ -333,10 +337,10 @@ def take_path(model: Supernet, weights: dict[str, Tensor], args: argparse.Namesp
         raise UserError(f"--init_from {args.init_from} does not fit this network ({reason})") from None
 
 
-def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, device: torch.device) -> None:
+def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, about_device: str) -> None:
     """The first lines of the log."""
     sizes = ", ".join(f"{len(batches.labels):,} {name}" for name, batches in data.items())
-    log.info(f"device    {describe_device(device)}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    log.info(f"device    {about_device}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     log.info(f"data      {dataset.name}, {dataset.image_size} px, {len(dataset.classes)} classes: {sizes} images")
     log.info(f"network   {sum(p.numel() for p in model.parameters()):,} parameters")
     if len(model.options[0]) > 1:
@@ -348,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
     device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
     on_first(lambda: check_folder(folder, args))
     open_log(folder / "log.txt" if checkpoint else None)
     rows = checkpoint["metrics"] if checkpoint else []
@@ -374,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         model.load_state_dict(checkpoint["model"])
         log.info(f"resuming after epoch {len(rows)}")
-    describe(dataset, data, model, device)
+    describe(dataset, data, model, f"{describe_device(device)}, {args.precision}")
     if rank() == 0:
         about = {"torch": torch.__version__, "device_name": describe_device(device)}
         write_json(folder / "args.json", vars(args) | about)

@@ -129,8 +129,8 @@ def new_parser(description: str, data_dir: str | None = "./data") -> argparse.Ar
     where = "where the data set lies" + (" or is downloaded to" if data_dir else "; by default where training found it")
     seeds = number(int, 0, 2**32 - 1)
     parser.add_argument("--data_dir", default=data_dir, help=where)
-    precisions = "of the forward pass; BatchNorm's statistics, pooling, classifier and loss are fp32 always"
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=precisions)
+    precisions = "of the forward pass, auto: bf16 where CUDA has it in hardware, else fp32; weights are fp32 always"
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precisions)
     parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")
     parser.add_argument("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
     workers = min(4, os.cpu_count() or 1)
@@ -236,9 +236,19 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used; this machine has {', '.join(found)} ({reason})") from None
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How images lie in memory: on a CPU oneDNN is fast with channels last, elsewhere depthwise kernels want NCHW."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of that name; "auto" is bf16 on a CUDA device that has it in hardware, else fp32."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """How images lie in memory: channels last for oneDNN and tensor cores, else NCHW for CUDA's depthwise kernels."""
+    return torch.channels_last if device.type == "cpu" or precision == "bf16" else torch.contiguous_format
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -20,12 +20,20 @@ class Batches:
 
     Small images live on the device as one uint8 tensor; files are read by worker processes as they are needed.
     Iterating goes through the split in order, the same on every rank; `share` gives a rank its part of that, `epoch`
-    its part of the shuffled, augmented batches of a training epoch.
+    its part of the shuffled, augmented batches of a training epoch. precision: that of the network they are for.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, batch_size: int, device: torch.device, workers: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        precision: str = "fp32",
+    ):
         self.dataset, self.batch_size, self.device, self.workers = dataset, batch_size, device, workers
-        self.memory_format = memory_format(device)
+        self.memory_format = memory_format(device, precision)
         self.files = None if isinstance(split.images, Tensor) else split.images
         if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
             self.pixels = split.images.permute(0, 2, 3, 1).contiguous().to(device)

@@ -293,6 +293,16 @@ def test_a_record_of_other_settings_is_refused_with_both_values(search: Run, fla
         random_search.main([*search.flags, *flags])
 
 
+def test_the_precision_of_a_record_goes_on(search: Run, tmp_path: Path) -> None:
+    """A search that a GPU began in bf16 may end on a CPU, whose own default is fp32."""
+    shutil.copytree(search.folder, tmp_path / "gpu")
+    args = json.loads((tmp_path / "gpu" / "args.json").read_text())
+    assert args["precision"] == "fp32"
+    (tmp_path / "gpu" / "args.json").write_text(json.dumps(args | {"precision": "bf16"}))
+    random_search.main([*search.flags, "--search_dir", str(tmp_path / "gpu")])
+    assert found(tmp_path / "gpu")["args"]["precision"] == "bf16"
+
+
 def test_a_record_of_another_checkpoint_is_refused(run: Run, search: Run, tmp_path: Path) -> None:
     content = torch.load(run.folder / "last.pth", weights_only=True)
     content["epoch"] = 1

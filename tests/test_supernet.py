@@ -1,5 +1,6 @@
 """supernet.py: what it learns, what it writes, how it goes on, what it refuses."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -18,7 +19,7 @@ from conftest import TINY, Run
 from data.datasets import load_dataset
 from data.loaders import Batches
 from model import Supernet
-from utils import UserError, load_checkpoint
+from utils import UserError, load_checkpoint, pick_precision
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +53,8 @@ def test_a_run_writes_what_it_promises(run: Run) -> None:
     rows = metrics(run.folder)
     assert list(rows[0]) == ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert json.loads((run.folder / "args.json").read_text())["dataset"] == "digits"
+    args = json.loads((run.folder / "args.json").read_text())
+    assert (args["dataset"], args["precision"]) == ("digits", "fp32")
     log = (run.folder / "log.txt").read_text()
     assert "random paths" in log and "device    cpu" in log
 
@@ -278,10 +280,25 @@ def test_test_images_change_nothing_that_is_learned(run: Run, tmp_path: Path, mo
     assert [row["val_acc"] for row in metrics(run.folder)] == [row["val_acc"] for row in metrics(tmp_path / "tiny")]
 
 
-def test_bf16_training_keeps_fp32_weights(tmp_path: Path) -> None:
-    supernet.main([*TINY, "--out_dir", str(tmp_path), "--exp_name", "bf16", "--epochs", "1", "--precision", "bf16"])
+def test_bf16_training_keeps_fp32_weights_and_goes_on_as_such(tmp_path: Path) -> None:
+    flags = [*TINY, "--out_dir", str(tmp_path), "--exp_name", "bf16", "--epochs", "1"]
+    supernet.main([*flags, "--precision", "bf16"])
     floats = {value.dtype for value in weights(tmp_path / "bf16").values() if value.is_floating_point()}
     assert floats == {torch.float32}
+    for more in ([], ["--precision", "auto"], ["--precision", "bf16"]):
+        assert supernet.parse_args([*flags, "--resume", *more])[0].precision == "bf16"
+    with pytest.raises(UserError, match="precision bf16, this command fp32"):
+        supernet.parse_args([*flags, "--resume", "--precision", "fp32"])
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "expected"), [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp32")]
+)
+def test_auto_is_bf16_where_cuda_has_it(monkeypatch, device: str, hardware: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware or including_emulation)
+    assert pick_precision("auto", torch.device(device)) == expected
+    assert [pick_precision(name, torch.device(device)) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_one_architecture_trains_by_the_same_loop_and_is_tested_once(search: Run, tmp_path: Path, monkeypatch) -> None:
