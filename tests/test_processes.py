@@ -24,7 +24,7 @@ def start(*command: object, **environment: str) -> subprocess.Popen:
     script, *flags = map(str, command)
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *flags],
-        env={"PATH": "/usr/bin:/bin"} | environment,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -58,7 +58,9 @@ def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(train
     model = supernet.build_model(dataset, args, CPU)
     begun = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer, rng, idle = supernet.build_optimizer(model, args), stream(0, "train 0"), dict(model.named_parameters())
-    for x, y in Batches(dataset, dataset.train, 60, CPU).epoch(0, 0):
+    for step, (x, y) in enumerate(Batches(dataset, dataset.train, 60, CPU).epoch(0, 0)):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - step / 3)
         choice, gradients = model.sample_choice(rng), []
         for half in range(2):
             model.zero_grad()
@@ -97,8 +99,8 @@ def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar) ->
     dataset = load_dataset("cifar10", str(trained.folder), 32)
     model = Supernet(10, 32)
     model.load_state_dict(trained.left[0]["weights"])
-    batches = Batches(dataset, dataset.search, supernet.EVALUATION_BATCH, CPU)
-    alone = supernet.evaluate(model, batches, supernet.random_paths(model, batches, 0))
+    batches = supernet.load_batches(dataset, supernet.parse_args(trained.flags)[0], CPU)["search"]
+    alone = supernet.evaluate(model, batches, supernet.random_paths(model, batches, 0), own_statistics=True)
     row = checkpoint["metrics"][0]
     assert (row["val_acc"], row["val_loss"]) == (alone["top1"], pytest.approx(alone["loss"], abs=1e-5))
 

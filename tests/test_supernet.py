@@ -376,7 +376,7 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], {"epochs": 600, "batch_size": 96, "learning_rate": 0.025, "weight_decay": 3e-4, "cutout": 0}),
+        ([], {"epochs": 600, "batch_size": 96, "learning_rate": 0.1, "weight_decay": 3e-4, "cutout": 0}),
         (["--choice", "x"], {"epochs": 600, "cutout": 16}),
         (["--dataset", "imagenet"], {"epochs": 120, "batch_size": 1024, "label_smoothing": 0.1, "image_size": 224}),
         (["--dataset", "imagenet", "--choice", "x"], {"epochs": 240, "weight_decay": 4e-5}),
