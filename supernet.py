@@ -67,7 +67,7 @@ IMAGENET = SHARED | {
     "weight_decay": 4e-5,
     "label_smoothing": 0.1,
 }
-DIGITS = SHARED | {"epochs": 12, "batch_size": 32, "learning_rate": 0.1, "weight_decay": 3e-4, "momentum": 0.8}
+DIGITS = SHARED | {"epochs": 10, "batch_size": 32, "learning_rate": 0.1, "weight_decay": 3e-4, "momentum": 0.8}
 PRESETS = {  # (data set, alone): defaults
     ("cifar10", False): CIFAR10,
     ("cifar10", True): CIFAR10 | {"cutout": 16},
