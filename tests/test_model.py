@@ -261,7 +261,7 @@ def test_weights_near_the_identity_are_copies_of_the_inputs_and_noise(affine: bo
 def test_no_channel_is_dead_at_first(side: int) -> None:
     """What BatchNorm gets on digits varies by far more than the eps that it adds, in every channel of every path."""
     dataset = load_dataset("digits", "", side)
-    x, _ = next(Batches(dataset, dataset.train, 32, torch.device("cpu")).epoch(seed=0, epoch=0))
+    x, _ = next(Batches(dataset, dataset.train, 16, torch.device("cpu")).epoch(seed=0, epoch=0))
     model, variances = build(10, side).train(), []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
