@@ -60,6 +60,7 @@ from utils import (
 # CIFAR-10's is ShunLu91/Single-Path-One-Shot-NAS's at 6940c9b as it was meant. ImageNet's are the official code's.
 SHARED = {"momentum": 0.9, "label_smoothing": 0.0, "lr_schedule": "linear", "cutout": 0}
 CIFAR10 = SHARED | {"epochs": 600, "batch_size": 96, "learning_rate": 0.1, "weight_decay": 3e-4}
+OFFICIAL_RATE = 0.025  # of CIFAR-10 and folders with the official initial weights
 IMAGENET = SHARED | {
     "epochs": 120,
     "batch_size": 1024,
@@ -91,6 +92,8 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="cifar10")
     first.add_argument("--choice")
+    first.add_argument("--init")
+    first.add_argument("--image_size", type=float, default=0)
     asked, _ = first.parse_known_args(argv)
 
     parser = new_parser(__doc__.splitlines()[0])
@@ -124,6 +127,8 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="delete what a run left in that folder, and begin anew")
     parser.set_defaults(**PRESETS.get((asked.dataset, asked.choice is not None), CIFAR10))
     parser.set_defaults(image_size=IMAGE_SIZES.get(asked.dataset, 32))
+    if asked.dataset in ("cifar10", "folder") and (asked.init or default_init(asked.image_size)) == "official":
+        parser.set_defaults(learning_rate=OFFICIAL_RATE)
     return parser
 
 

@@ -382,6 +382,10 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: P
         (["--dataset", "imagenet", "--choice", "x"], {"epochs": 240, "weight_decay": 4e-5}),
         (["--dataset", "imagenet", "--epochs", "3"], {"epochs": 3, "learning_rate": 0.5}),
         (["--weight-decay", "0.5", "--cutout"], {"weight_decay": 0.5, "cutout": 16}),
+        (["--init", "official"], {"learning_rate": 0.025}),
+        (["--dataset", "folder", "--image_size", "72"], {"learning_rate": 0.025}),
+        (["--dataset", "folder", "--image_size", "72", "--init", "identity"], {"learning_rate": 0.1}),
+        (["--dataset", "digits", "--init", "official", "--learning_rate", "0.2"], {"learning_rate": 0.2}),
     ],
 )
 def test_presets_suit_the_data_and_flags_win(flags: list[str], expected: dict) -> None:
