@@ -1,15 +1,18 @@
 """Scores architectures with a trained supernet's weights, each with BatchNorm statistics of its own.
 
 Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's statistics are recomputed for it on
-training images. Paths that begin alike share that work. Random search, and with --generations evolution beside it.
+training images. Random search, and with --generations evolution beside it.
 """
 
 import argparse
+import dataclasses
 import math
+import os
 import random
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from statistics import median, stdev
@@ -18,86 +21,101 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.datasets import IMAGE_SIZES, calibration_images, load_dataset
+import utils
+from blocks import CANDIDATES, capture_blocks
+from data.datasets import calibration_images, load_dataset
 from data.loaders import Batches
-from img.plots import evolving, plot_search, ranking
-from model import NAMES, SINGLE_BLOCK_PATHS, Choice, Supernet, parse_choice
-from utils import (
-    SEARCH_FILES,
-    UserError,
-    append_csv,
-    autocast,
-    delete_files,
-    describe_device,
-    duration,
-    gather,
-    load_supernet,
-    log,
-    make_folder,
-    memory_format,
-    new_parser,
-    newest_supernet,
-    number,
-    on_first,
-    open_log,
-    pick_device,
-    pick_precision,
-    rank,
-    ranks,
-    read_json,
-    recover_csv,
-    refuse_changes,
-    run_script,
-    standard_error,
-    stream,
-    write_json,
-)
+from data.records import BASELINE, Row, best_first, evolving, format_choice, read_rows, reliability, write_rows
+from img.plots import plot_search
+from model import Choice, SearchSpace, Supernet
+from utils import UserError, log
 
-COLUMNS = {"index": int, "choice": str, "accuracy": float, "half_accuracy": float, "loss": float}
-COLUMNS |= {"half_loss": float, "flops_m": float, "params_m": float, "generation": int}
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
 GROUP = 50  # paths that are scored together and recorded together
-CONTROL = -1  # the generation of the four single-block networks
-EVOLUTION = "population", "parents", "mutation_prob", "rank_by"
+SETTINGS = (
+    "split",
+    "seed",
+    "precision",
+    "calibration_images",
+    "min_flops",
+    "max_flops",
+)  # what scores and draws depend on
+EVOLUTION = "population", "parents", "mutation_prob", "rank_by"  # what the children depend on as well
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> utils.Parser:
     """The parser of this script."""
-    parser = new_parser(__doc__.splitlines()[0], data_dir=None)
-    add = parser.add_argument
-    add("--ckpt", nargs="?", help="the supernet's last.pth; the newest of runs/*/ if there is no value")
-    add("--search_dir", help="where the results go (default: search/ beside the checkpoint)")
+    parser = utils.Parser("Scores architectures with a trained supernet's weights and picks the best one.")
+    add, number = parser.add_argument, utils.number
+    add("--ckpt", nargs="?", type=utils.path, help="the supernet's last.pth (default: the newest one in runs/*/)")
+    add("--search_dir", type=utils.path, help="folder of the results (default: search/ beside the checkpoint)")
+    add("--data_dir", type=utils.path, help="folder of the data set (default: where training found it)")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
     add("--calibration_images", type=number(int, 0), default=2000, help="training images for BatchNorm; 0: none")
-    add(
-        "--batch_size",
-        type=number(int, 1),
-        help="images a step when scoring; changes no score (default: 250; CUDA: 1000)",
-    )
-    add("--min_flops", type=number(float, 0), help="smallest architecture, in millions of multiply-adds")
-    add("--max_flops", type=number(float, 0), help="largest architecture, in millions of multiply-adds")
-    add("--generations", type=number(int, 0), default=0, help="of evolution, which begins with the first random paths")
-    add("--population", type=number(int, 2), default=50, help="architectures of a generation")
-    add("--parents", type=number(int, 2), default=10, help="best architectures so far, from which a generation is bred")
-    add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="of each layer of a mutated child")
-    add("--top_k", type=number(int, 1), default=10, help="best architectures that are measured on the test images")
+    add("--batch_size", type=number(int, 1), help="images per scoring step (default: 250, on CUDA 1000)")
+    add("--min_flops", type=number(float, 0, 1e9), help="smallest architecture, in millions of multiply-adds")
+    add("--max_flops", type=number(float, 0, 1e9), help="largest architecture, in millions of multiply-adds")
+    add("--generations", type=number(int, 0), default=0, help="generations of evolution after the random search")
+    add("--population", type=number(int, 2), default=50, help="architectures per generation")
+    add("--parents", type=number(int, 2), default=10, help="best architectures so far that a generation is bred from")
+    add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="mutation probability of a layer")
+    add("--top_k", type=number(int, 1), default=10, help="best architectures to measure on the test images")
     add("--rank_by", choices=("loss", "accuracy"), default="loss", help="what makes an architecture the better one")
-    add("--split", choices=("search", "test"), default="search", help="images that score; test is biased, see README")
-    add("--overwrite", action="store_true", help="delete what an earlier search left, and begin anew")
+    add("--split", choices=("search", "test"), default="search", help="images to score on; test is biased, see README")
+    add("--overwrite", action="store_true", help="delete the search in that folder and start again")
+    utils.add_common_flags(parser)
     return parser
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The search's settings; a generation that could not be bred is a usage error."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.generations and not args.parents <= args.population <= args.num_paths:
-        parser.error("evolution needs --parents at most --population, and that at most --num_paths")
-    return args
+class Node:
+    """A module at its place in the tree of paths, with BatchNorm statistics of its own.
+
+    A module's statistics depend on the path up to it and no further, so paths that begin alike share nodes: their
+    common part is computed once a batch. The tree is walked depth first, so one batch per layer is in memory.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.children = module, []
+        norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+        self.buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self.statistics = [buffer.clone() for buffer in self.buffers]
+
+    def calibrate(self, x: Tensor, i: int) -> None:
+        """Adds the i-th batch, counted from 1, to the statistics of this node and of all below it.
+
+        The modules must be in training mode with momentum 1, so that their buffers become the batch's statistics.
+        """
+        for buffer in self.buffers:
+            buffer.zero_()  # the old value times 0 is added, which is nan after a path that is not finite
+        x = self.module(x)
+        for mean, batch in zip(self.statistics, self.buffers, strict=True):
+            mean.copy_(batch) if i == 1 else mean.lerp_(batch, 1 / i)  # the plain mean over the batches so far
+        for child in self.children:
+            child.calibrate(x, i)
+
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        """What the leaves give for a batch, in the order of the sorted choices, in eval mode."""
+        for buffer, mean in zip(self.buffers, self.statistics, strict=True):
+            buffer.copy_(mean)
+        x = self.module(x)
+        if not self.children:
+            yield x
+        for child in self.children:
+            yield from child.features(x)
 
 
-# For each node of the tree of paths, mean and variance of every BatchNorm in it.
-Statistics = dict[tuple, list[tuple[Tensor, Tensor]]]
+def build_tree(model: Supernet, choices: Sequence[Choice]) -> Node:
+    """The tree of some paths, from the stem to a leaf for each path: its last convolution."""
+    root = Node(model.stem)
+    nodes = {(): root}
+    for choice in sorted(choices):
+        *blocks, last, _ = model.path(choice)[1:]
+        for depth, block in enumerate(blocks):
+            if choice[: depth + 1] not in nodes:
+                nodes[choice[: depth + 1]] = Node(block)
+                nodes[choice[:depth]].children.append(nodes[choice[: depth + 1]])
+        nodes[choice].children.append(Node(last))
+    return root
 
 
 class Scorer:
@@ -108,366 +126,348 @@ class Scorer:
 
     def __init__(self, model: Supernet, calibration: Batches | None, scored: Batches, precision: str = "fp32"):
         self.model, self.calibration, self.scored, self.precision = model, calibration, scored, precision
-        blocks = [block for layer in model.layers for block in layer.values()]
-        self.norms = {
-            module: [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-            for module in (model.stem, *blocks, model.last)
-        }
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
         self.first_half[shuffled[: images // 2]] = True
 
     def score(self, choices: Sequence[Choice]) -> list[tuple[float, ...]]:
-        """Of each path (accuracy, the same on the first half, loss, the same), accuracies in percent; sort the choices.
+        """(accuracy, the same on the first half, loss, the same) of each path; the choices must be sorted and differ.
 
-        The loss is the mean cross-entropy.
+        Accuracies are in percent, the loss is the mean cross-entropy. A path's BatchNorm statistics are those that
+        torch.optim.swa_utils.update_bn gives it alone: the plain mean over the calibration batches of each batch's
+        mean and unbiased variance.
         """
-        with torch.inference_mode(), autocast(self.precision, self.scored.device):
-            return self._evaluate(choices, self.calibrate(choices) if self.calibration is not None else None)
-
-    def calibrate(self, choices: Sequence[Choice]) -> Statistics:
-        """BatchNorm's statistics for each path, by the keys of Supernet.walk.
-
-        They are those that torch.optim.swa_utils.update_bn gives a path alone, the plain mean over the batches of each
-        batch's mean and unbiased variance. Those of a module depend on the path up to it and no further, so paths that
-        begin alike share them, and the work if they are neighbours.
-        """
-        statistics: Statistics = {}
-        self.model.train()
-        for i, (x, _) in enumerate(self.calibration, start=1):
-            for norm in chain(*self.norms.values()):
-                norm.momentum = 1 / i  # makes the running statistics the mean of all batches so far
-            for _ in self.model.walk(x, choices, lambda module, key: self._enter(module, key, statistics)):
-                pass
-        return statistics
-
-    def _enter(self, module: nn.Module, key: tuple, statistics: Statistics) -> None:
-        norms = self.norms[module]
-        if key not in statistics:
-            statistics[key] = [(torch.zeros_like(n.running_mean), torch.zeros_like(n.running_var)) for n in norms]
-        for norm, (mean, var) in zip(norms, statistics[key], strict=True):
-            norm.running_mean, norm.running_var = mean, var
-
-    def _evaluate(self, choices: Sequence[Choice], statistics: Statistics | None) -> list[tuple[float, ...]]:
-        def enter(module: nn.Module, key: tuple) -> None:
-            if statistics is not None:
-                self._enter(module, key, statistics)
-
-        self.model.eval()
-        sums, start = [], 0
-        for x, y in self.scored:
-            logits = torch.stack([self.model.head(features) for features in self.model.walk(x, choices, enter)])
-            sums.append(batch_sums(logits, y, self.first_half[start : start + len(y)]))
-            start += len(y)
-        totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for
+        with self.borrowed_model() as model:
+            tree = build_tree(model, choices)
+            if self.calibration is not None:
+                model.train()
+                batches = utils.progress(self.calibration, "calibrating", len(self.calibration))
+                for i, (x, _) in enumerate(batches, start=1):
+                    tree.calibrate(x, i)
+            model.eval()
+            sums, start = [], 0
+            for x, y in utils.progress(self.scored, "scoring", len(self.scored)):
+                logits = torch.stack([model.head(features) for features in tree.features(x)])
+                first_half = self.first_half[start : start + len(y)]
+                hits = logits.argmax(-1) == y
+                losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(choices)), reduction="none").view_as(hits)
+                columns = hits.sum(1), hits[:, first_half].sum(1), losses.sum(1), losses[:, first_half].sum(1)
+                sums.append(torch.stack(columns, dim=1))
+                start += len(y)
+            totals = torch.stack(sums).cpu().double().sum(0)  # the one time that the device is waited for
         counts = torch.tensor([start, max(1, start // 2)]).repeat(2)
         return [tuple(row) for row in (totals / counts * torch.tensor([100, 100, 1, 1])).tolist()]
 
+    @contextmanager
+    def borrowed_model(self) -> Iterator[Supernet]:
+        """The supernet with BatchNorm's momentum 1, for inference; afterwards all of it is as it was before."""
+        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta, modes = [norm.momentum for norm in norms], [module.training for module in self.model.modules()]
+        with torch.inference_mode(), utils.autocast(self.precision, self.scored.device):
+            buffers = [buffer.clone() for buffer in self.model.buffers()]
+            try:
+                for norm in norms:
+                    norm.momentum = 1.0
+                yield self.model
+            finally:
+                for norm, momentum in zip(norms, momenta, strict=True):
+                    norm.momentum = momentum
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+                for module, training in zip(self.model.modules(), modes, strict=True):
+                    module.training = training
 
-def batch_sums(logits: Tensor, labels: Tensor, first_half: Tensor) -> Tensor:
-    """Hits and summed loss of each path, both also within the first half: logits (paths, N, classes) -> (paths, 4)."""
-    hits = logits.argmax(-1) == labels
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view_as(hits)
-    return torch.stack((hits.sum(1), (hits & first_half).sum(1), loss.sum(1), loss[:, first_half].sum(1)), dim=1)
-
-
-def build_supernet(path: Path, checkpoint: dict) -> Supernet:
-    """The supernet of a checkpoint; raises UserError if its weights do not fit."""
-    facts = checkpoint["data"]
-    model = Supernet(len(facts["classes"]), facts["image_size"])
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise UserError(
-            f"{path}: the weights do not fit this supernet ({lines[min(1, len(lines) - 1)].strip()})"
-        ) from None
-    return model
-
-
-def flops_limits(model: Supernet, args: argparse.Namespace) -> tuple[int | None, int | None]:
-    """The limits as multiply-adds; raises UserError, with what can be had, if no architecture meets them."""
-    low, high = (None if limit is None else round(limit * 1e6) for limit in (args.min_flops, args.max_flops))
-    try:
-        model.require_choices(low, high)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return low, high
+    def use_cuda_graphs(self, paths: int) -> str:
+        """Lets the blocks replay CUDA graphs in calibration, if so many paths repay it; returns what the log says."""
+        if self.calibration is None:
+            return "not used: no BatchNorm recalibration"
+        batches = len(self.calibration)
+        images = self.calibration.blank(len(self.calibration.labels) // batches)
+        with self.borrowed_model() as model:
+            return capture_blocks(model, images, paths * batches // utils.world_size())
 
 
-def check_folder(folder: Path, settings: dict, device: torch.device, overwrite: bool) -> dict:
-    """Makes the search's folder; returns the settings of its record, with those of an evolution that began earlier.
+def search(scorer: Scorer, space: SearchSpace, args: argparse.Namespace, record: Path, rows: list[Row]) -> None:
+    """Proposes, scores and records what `rows` lacks: the baselines and random draws, then each generation's children.
 
-    The precision "auto" becomes that of the record, or without one what suits the device.
-    Raises UserError if it holds a record that these settings would not go on with.
+    `rows` grows group by group, and the table with it. Under torchrun every rank takes a group at a time.
     """
-    make_folder(folder, "--search_dir")
-    before = read_json(folder / "args.json") if (folder / "args.json").exists() and not overwrite else {}
-    if settings["precision"] == "auto":
-        settings["precision"] = before.get("precision") or pick_precision("auto", device)
-    if overwrite:
-        return settings
+    for generation in range(args.generations + 1):
+        # Propose. Everything is drawn from the seed, so that an interrupted search proposes the same again.
+        if generation == 0:
+            drawn = space.sample_distinct(utils.stream(args.seed, "search"), args.num_paths)
+            if len(drawn) < args.num_paths:
+                log.info(f"only {len(drawn)} architectures are within the limits; scoring all of them")
+            wanted = [Row(i, choice, generation=BASELINE) for i, choice in enumerate(space.single_blocks())]
+        else:
+            earlier = [row for row in rows if row.generation < generation]
+            taken = {row.choice for row in earlier}
+            left = space.size - sum(choice in space for choice in taken)
+            if left < args.population:
+                log.info(f"evolution ends before generation {generation}: only {left} new architectures are left")
+                return
+            parents = best_first(evolving(earlier, args.population), args.rank_by)[: args.parents]
+            rng = utils.stream(args.seed, f"generation {generation}")
+            choices = [row.choice for row in parents]
+            drawn, wanted = space.breed(choices, taken, args.population, args.mutation_prob, rng), []
+        wanted += [Row(i, choice, generation=generation) for i, choice in enumerate(drawn)]
+
+        # Group neighbours, which share most work. In random order: what an interrupted search leaves is a fair sample.
+        known = {(row.generation, row.choice) for row in rows}
+        missing = sorted((row for row in wanted if (row.generation, row.choice) not in known), key=lambda r: r.choice)
+        size = min(GROUP, max(1, -(-len(missing) // utils.world_size())))
+        groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+        utils.stream(args.seed, "groups").shuffle(groups)
+
+        # Score and record.
+        start, done = time.monotonic(), 0
+        for first in range(0, len(groups), utils.world_size()):
+            mine = groups[first + utils.rank() :][:1]
+            new = list(chain(*utils.all_gather([row for group in mine for row in score_group(scorer, space, group)])))
+            rows += new
+            rows.sort(key=lambda row: (row.generation, row.index))
+            if utils.rank() == 0:
+                write_rows(record, rows)
+            done += len(new)
+            pace = (time.monotonic() - start) / done
+            left = pace * (len(missing) - done + (args.generations - generation) * args.population)
+            own = evolving(rows, args.population) if generation else rows
+            best = best_first([row for row in own if row.generation <= generation], "accuracy")
+            line = f"generation {generation}  " if generation else ""
+            line += f"group {min(first + utils.world_size(), len(groups))}/{len(groups)}  "
+            line += f"{sum(row.generation == generation for row in rows)} paths  "
+            line += f"best {best[0].accuracy:.2f}%  " if best else ""
+            log.info(f"{line}{pace:.2f}s a path  left {utils.duration(left)}")
+
+
+def score_group(scorer: Scorer, space: SearchSpace, group: list[Row]) -> list[Row]:
+    """The rows with scores and costs; a path that is in the group twice, as a baseline too, is scored once."""
+    choices = sorted({row.choice for row in group})
+    names = "accuracy", "half_accuracy", "loss", "half_loss"
+    scores = {c: dict(zip(names, s, strict=True)) for c, s in zip(choices, scorer.score(choices), strict=True)}
+    costs = {c: {"flops_m": space.flops(c) / 1e6, "params_m": space.params(c) / 1e6} for c in choices}
+    return [dataclasses.replace(row, **scores[row.choice], **costs[row.choice]) for row in group]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Scores random architectures, writes the record, the choice and the pictures, and says how to continue."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    path = Path(args.ckpt) if args.ckpt else utils.on_rank_zero(lambda: utils.newest_supernet(Path("runs")))
+    path = path / "last.pth" if path.is_dir() else path
+    checkpoint = utils.load_supernet(path)
+    folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
+    if (folder / "last.pth").exists() or (folder / "metrics.csv").exists():
+        raise UserError(f"{folder} is the folder of a run; choose another --search_dir")
+    with utils.owned_folder(folder, "--search_dir"):
+        run(parser, argv, path, checkpoint, folder)
+
+
+def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint: dict, folder: Path) -> None:
+    """Prepares a search or what is left of it, searches and reports."""
+    before = utils.on_rank_zero(lambda: read_settings(folder, parser.parse_args(argv).overwrite))
+    parser.set_defaults(**{name: before[name] for name in (*SETTINGS, *EVOLUTION) if name in before})
+    args = parser.parse_args(argv)  # what the command line leaves open is as the record has it
+    if args.generations and not args.parents <= args.population <= args.num_paths:
+        parser.error("evolution needs --parents at most --population, and that at most --num_paths")
+    device = utils.pick_device(args.device)
+    if args.precision == "auto":
+        args.precision = before.get("precision") or utils.pick_precision("auto", device)
+    settings = {"checkpoint": checkpoint["sha256"]} | {name: getattr(args, name) for name in SETTINGS}
+    settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations or name in before}
     if before:
-        begun = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
-        advice = "take another --search_dir, or --overwrite to delete the record"
-        refuse_changes(before, begun, f"the search in {folder}", advice)
-        return before | settings
+        advice = "take another --search_dir, or --overwrite to delete the search"
+        recorded = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
+        utils.refuse_changes(before, recorded, f"the search in {folder}", advice)
+    metadata, trained = checkpoint["data"], checkpoint["args"]
+    utils.open_log(None)
+    model = build_supernet(path, checkpoint)
+    space = limited_space(model, args)
+    args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
+    args.ckpt, args.data_dir = str(path), os.path.abspath(args.data_dir or trained["data_dir"])
+
+    dataset = load_dataset(metadata["name"], args.data_dir, metadata["image_size"], args.workers)
+    dataset.adopt(metadata, str(path))
+    utils.on_rank_zero(lambda: start_record(folder, settings, args.overwrite))
+    utils.open_log(folder / "log.txt")
+    log.info(f"supernet     {path}, {checkpoint['epoch']} of {trained['epochs']} epochs on {metadata['name']}")
+    log.info(f"device       {utils.describe_device(device)}, {args.precision}")
+    if checkpoint["epoch"] < trained["epochs"]:
+        log.info("warning: this supernet is unfinished, its learning rate has not reached 0")
+    record = folder / "paths.csv"
+    rows = utils.on_rank_zero(lambda: read_rows(record, model.check) if record.exists() else [])
+    if rows:
+        drawn = sum(row.generation == 0 for row in rows)
+        log.info(f"record       {len(rows)} scores in {record}, {drawn} of them random draws")
+        if drawn > args.num_paths:
+            log.info(f"warning: the results will be those of the first {args.num_paths} random draws alone")
+    model = model.to(device, memory_format=utils.memory_format(device, args.precision))
+    calibration = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
+    how = device, args.workers, args.precision
+    if calibration is not None:
+        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, *how)
+    scored = dataset.search if args.split == "search" else dataset.test
+    scorer, test = (
+        Scorer(model, calibration, Batches(dataset, split, args.batch_size, *how), args.precision)
+        for split in (scored, dataset.test)
+    )
+    if args.split == "test":
+        log.info("warning: selecting on the test set; no unbiased test score remains")
+    paths = args.num_paths + args.generations * args.population - len(rows)
+    graphs = "not used: --no_cuda_graphs" if args.no_cuda_graphs else scorer.use_cuda_graphs(paths)
+    log.info(f"graphs       {graphs}")
+
+    search(scorer, space, args, record, rows)
+    rows = [row for row in rows if row.generation <= args.generations]
+    rows = [row for row in rows if row.generation or row.index < args.num_paths]
+    if utils.rank() == 0:
+        report(folder, checkpoint, args, rows, test)
+
+
+def read_settings(folder: Path, overwrite: bool) -> dict:
+    """The settings of the search in the folder, none if there is none or it is to be overwritten.
+
+    Raises UserError if there is a table of scores without their settings.
+    """
+    if overwrite:
+        return {}
+    if (folder / "args.json").exists():
+        return utils.read_json(folder / "args.json")
     if (folder / "paths.csv").exists():
         raise UserError(
             f"{folder / 'paths.csv'} has no args.json beside it that says what it is; --overwrite deletes it"
         )
-    return settings
+    return {}
 
 
-def open_record(folder: Path, settings: dict, overwrite: bool) -> list[dict]:
-    """The rows that an earlier search left; writes down first what they depend on."""
+def start_record(folder: Path, settings: dict, overwrite: bool) -> None:
+    """Writes down what the scores will depend on, before there are any."""
     if overwrite:
-        delete_files(folder, SEARCH_FILES)
-    write_json(folder / "args.json", settings)
-    return recover_csv(folder / "paths.csv", COLUMNS)
+        utils.delete_files(folder, utils.SEARCH_FILES)
+    utils.write_json(folder / "args.json", settings)
 
 
-def candidates(choices: Sequence[Choice], generation: int) -> list[dict]:
-    """The beginnings of rows of paths.csv; an index counts within its generation."""
-    return [
-        {"index": i, "choice": "-".join(map(str, choice)), "generation": generation} for i, choice in enumerate(choices)
-    ]
+def build_supernet(path: Path, checkpoint: dict) -> Supernet:
+    """The supernet of a checkpoint; raises UserError if it has other candidates or its weights do not fit."""
+    metadata = checkpoint["data"]
+    names = checkpoint.get("candidates", list(CANDIDATES))  # an earlier version did not record them
+    if names != list(CANDIDATES):
+        raise UserError(f"{path} was trained with the candidates {names}, blocks.py has {list(CANDIDATES)}")
+    model = Supernet(len(metadata["classes"]), metadata["image_size"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        line = error.args[0].splitlines()[1].strip()[:200]
+        raise UserError(f"{path}: the weights do not fit this supernet ({line})") from None
+    return model
 
 
-def choice_of(row: dict) -> Choice:
-    """The choice of a row as numbers."""
-    return parse_choice(row["choice"])
+def limited_space(model: Supernet, args: argparse.Namespace) -> SearchSpace:
+    """The space within --min_flops and --max_flops; raises UserError if it is empty."""
+    low, high = (None if limit is None else round(limit * 1e6) for limit in (args.min_flops, args.max_flops))
+    try:
+        space = SearchSpace(model, low, high)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    whole = SearchSpace(model)
+    if space.limited and space.size == whole.size:
+        lowest, highest = whole.nearest(-math.inf)[1] / 1e6, whole.nearest(math.inf)[0] / 1e6
+        log.info(
+            f"warning: the limits exclude nothing: the space goes from {lowest} to {highest} million multiply-adds"
+        )
+    return space
 
 
-def score_missing(
-    scorer: Scorer, wanted: list[dict], rows: list[dict], record: Path, seed: int, later: int = 0
-) -> None:
-    """Scores what the record lacks, in groups of neighbours, and adds it to the record and to `rows` group by group.
-
-    Under torchrun every rank takes a group at a time. later: how many more paths will be asked for, for the time that
-    is left.
-    """
-    known = {(row["generation"], row["choice"]) for row in rows}
-    todo = sorted((row for row in wanted if (row["generation"], row["choice"]) not in known), key=choice_of)
-    size = min(GROUP, max(1, -(-len(todo) // ranks())))
-    groups = [todo[i : i + size] for i in range(0, len(todo), size)]
-    stream(seed, "groups").shuffle(groups)  # so that what an interrupted search has scored is a fair sample
-    start, done = time.time(), 0
-    for first in range(0, len(groups), ranks()):
-        mine = groups[first + rank()] if first + rank() < len(groups) else []
-        new = list(chain(*gather(score_group(scorer, mine))))
-        if rank() == 0:
-            append_csv(record, new, list(COLUMNS))
-        rows += new
-        done += len(new)
-        pace = (time.time() - start) / done
-        left = duration(pace * (len(todo) - done + later))
-        best = ranked(rows, "accuracy")
-        top = f"{best[0]['accuracy']:.2f}%" if best else "none yet"
-        generation = f"generation {new[0]['generation']}  " if new[0]["generation"] > 0 else ""
-        until = f"{min(first + ranks(), len(groups))}/{len(groups)}"
-        log.info(f"{generation}group {until}  {len(rows)} paths  best {top}  {pace:.2f}s a path  left {left}")
-    rows.sort(key=lambda row: (row["generation"], row["index"]))
-
-
-def score_group(scorer: Scorer, group: list[dict]) -> list[dict]:
-    """The rows of a group, with scores and costs; a path that is in it twice, as a control too, is scored once."""
-    choices = sorted(set(map(choice_of, group)))
-    scores = dict(zip(choices, scorer.score(choices) if choices else [], strict=True))
-    return [row | describe(choice_of(row), scores[choice_of(row)], scorer.model) for row in group]
+def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[Row], test: Scorer) -> None:
+    """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
+    images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
+    order = best_first(rows, args.rank_by)
+    if not best_first([row for row in rows if row.generation == 0], args.rank_by):
+        raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")
+    found = as_json(order[0]) | {"standard_error": utils.standard_error(order[0].accuracy, images)}
+    found |= {"dataset": checkpoint["data"]["name"], "image_size": checkpoint["data"]["image_size"]}
+    found |= {"data_dir": args.data_dir, "split": args.split, "statistics": statistics(rows, images)}
+    if args.generations and (own := best_first(evolving(rows, args.population), "accuracy")):
+        found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own), "best": own[0].accuracy}
+    source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}
+    found |= {"checkpoint": source, "args": vars(args)}
+    before = utils.read_json(folder / "search.json") if (folder / "search.json").exists() else {}
+    utils.write_json(folder / "search.json", found)  # before any test image is looked at
+    if args.split == "search":
+        known = {row["choice"]: row["test_accuracy"] for row in before.get("top", [])}
+        missing = sorted(row.choice for row in order[: args.top_k] if format_choice(row.choice) not in known)
+        for choice, scores in zip(missing, test.score(missing) if missing else [], strict=True):
+            known[format_choice(choice)] = scores[0]
+        top = [as_json(row) for row in order[: args.top_k]]
+        found["top"] = [row | {"test_accuracy": known[row["choice"]]} for row in top]
+        utils.write_json(folder / "search.json", found)
+    plot_search(rows, folder, args.split, args.rank_by)
+    command = ["python", "supernet.py", "--choice", str(folder / "search.json")]
+    command.append(f"--exp_name={checkpoint['args']['exp_name']}_best")
+    for line in (*summary(found), "train it alone:", f"  {shlex.join(command)}"):
+        log.info(line)
+    names = [name for name in utils.SEARCH_FILES if (folder / name).exists()]
+    log.info(f"wrote {', '.join(str(folder / name) for name in names)}")
 
 
-def evolve(scorer: Scorer, rows: list[dict], record: Path, args: argparse.Namespace, limits: tuple) -> None:
-    """Breeds and scores the generations that the record lacks; the defaults are those of the official code."""
-    for generation in range(1, args.generations + 1):
-        earlier = [row for row in rows if row["generation"] < generation]
-        taken = {choice_of(row) for row in earlier}
-        left = scorer.model.count_choices(*limits) - sum(scorer.model.within(choice, *limits) for choice in taken)
-        if left < args.population:
-            log.info(f"evolution ends before generation {generation}: only {left} new architectures are left")
-            return
-        parents = [choice_of(row) for row in ranked(evolving(earlier, args.population), args.rank_by)[: args.parents]]
-        rng = stream(args.seed, f"generation {generation}")
-        children = scorer.model.breed(parents, taken, args.population, args.mutation_prob, rng, *limits)
-        later = (args.generations - generation) * args.population
-        score_missing(scorer, candidates(children, generation), rows, record, args.seed, later)
+def as_json(row: Row) -> dict:
+    """A row with its choice as it is written in files."""
+    return dataclasses.asdict(row) | {"choice": format_choice(row.choice)}
 
 
-def describe(choice: Choice, scores: Sequence[float], model: Supernet) -> dict:
-    """The rest of a row: scores, as Scorer gives them, and costs."""
-    names = "accuracy", "half_accuracy", "loss", "half_loss"
-    return dict(zip(names, scores, strict=True)) | {
-        "flops_m": model.flops(choice) / 1e6,
-        "params_m": model.params(choice) / 1e6,
-    }
-
-
-def ranked(rows: list[dict], by: str) -> list[dict]:
-    """The candidates, best first: by "accuracy" or "loss", then the other, then age.
-
-    Controls and undefined scores are left out.
-    """
-
-    def key(row: dict) -> tuple:
-        scores = -row["accuracy"], row["loss"]
-        return scores if by == "accuracy" else scores[::-1], row["generation"], row["index"]
-
-    return sorted((row for row in rows if row["generation"] != CONTROL and math.isfinite(row["loss"])), key=key)
-
-
-def measure_top(scorer: Scorer, top: list[dict], known: dict[str, float]) -> list[dict]:
-    """The rows of `top` in the search's order, with their accuracy on the test images; `known` ones are not redone."""
-    missing = sorted(choice_of(row) for row in top if row["choice"] not in known)
-    scores = dict(zip(missing, scorer.score(missing) if missing else [], strict=True))
-    measured = {row["choice"]: scores[choice_of(row)][0] for row in top if row["choice"] not in known} | known
-    return [row | {"test_accuracy": measured[row["choice"]]} for row in top]
-
-
-def statistics(rows: list[dict], images: int) -> dict:
+def statistics(rows: list[Row], images: int) -> dict:
     """Numbers that sum up a random search; None where one is not defined. Accuracies in percent."""
-    fair = ranked([row for row in rows if row["generation"] <= 0], "accuracy")
-    accuracies = [row["accuracy"] for row in fair]
-    reliability, noise = ranking(fair)
+    drawn = best_first([row for row in rows if row.generation <= 0], "accuracy")
+    accuracies = [row.accuracy for row in drawn]
+    trust, noise = reliability(drawn)
     return {
-        "paths": len(fair),
-        "undefined": sum(not math.isfinite(row["loss"]) for row in rows),
+        "paths": len(drawn),
+        "undefined": sum(not math.isfinite(row.loss) for row in rows),
         "images": images,
         "best": accuracies[0],
         "median": median(accuracies),
         "worst": accuracies[-1],
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
-        "reliability": reliability,
+        "reliability": trust,
         "noise": noise,
-        "loss_reliability": ranking(fair, "loss")[0],
-        "controls": {NAMES[choice_of(row)[0]]: row["accuracy"] for row in rows if row["generation"] == CONTROL},
+        "loss_reliability": reliability(drawn, "loss")[0],
+        "baselines": {list(CANDIDATES)[row.choice[0]]: row.accuracy for row in rows if row.generation == BASELINE},
     }
 
 
-def summary(found: dict, command: str) -> list[str]:
+def summary(found: dict) -> list[str]:
     """What the search found, for people."""
-    s, where = found["statistics"], f"{found['split']} split, {found['statistics']['images']:,} images"
-    spread = "not defined" if s["spread"] is None else f"{s['spread']:.2f}"
-    undefined = "not defined (it needs 10 paths, some spread, and halves that agree)"
-    trust = by_loss = undefined
-    if s["reliability"] is not None:
-        trust = f"{s['reliability']:.2f}: of the spread, {s['noise']:.2f} is noise of the images"
-    if s["loss_reliability"] is not None:
-        by_loss = f"{s['loss_reliability']:.2f}"
-    controls = ", ".join(f"all {name} {accuracy:.2f}%" for name, accuracy in s["controls"].items())
+    s = found["statistics"]
+
+    def text(value: float | None) -> str:
+        return "not defined" if value is None else f"{value:.2f}"
+
+    baselines = ", ".join(f"all {name} {accuracy:.2f}%" for name, accuracy in s["baselines"].items())
     lines = [
-        f"scores       {s['paths']} random paths: best {s['best']:.2f}%, median {s['median']:.2f}%, "
-        f"worst {s['worst']:.2f}%, spread (standard deviation) {spread}; with the supernet's weights, {where}",
-        f"ranking      reliability by accuracy {trust}",
-        f"             reliability by loss {by_loss}",
-        f"controls     {controls}",
+        f"scores       {s['paths']} random paths, {s['images']:,} images of the {found['split']} split: "
+        f"best {s['best']:.2f}%, median {s['median']:.2f}%, worst {s['worst']:.2f}%",
+        f"ranking      split-half reliability {text(s['reliability'])} by accuracy, {text(s['loss_reliability'])} by "
+        f"loss; sampling noise {text(s['noise'])} of std {text(s['spread'])}",
+        f"baselines    {baselines}",
         f"choice       {found['choice']}, the best by {found['args']['rank_by']}",
-        f"             {found['accuracy']:.2f}% +- {found['standard_error']:.2f}, loss {found['loss']:.4f}, "
+        f"             {found['accuracy']:.2f}% ± {found['standard_error']:.2f}, loss {found['loss']:.4f}, "
         f"{found['flops_m']:.1f}M multiply-adds, {found['params_m']:.2f}M parameters",
     ]
-    if "evolution" in found:
-        evolved = found["evolution"]
-        lines.insert(
-            4,
-            f"evolution    best {evolved['best']:.2f}% after {evolved['evaluations']} paths, "
-            f"{evolved['generations']} generations",
-        )
     if s["undefined"]:
         lines.insert(1, f"             {s['undefined']} scores are not finite and left out")
-    if "top" in found and found["split"] == "search":
-        lines += [f"test images  the search's best {len(found['top'])}, in its order, with the supernet's weights: "]
-        lines[-1] += ", ".join(f"{row['test_accuracy']:.2f}%" for row in found["top"])
-    return [*lines, "train it alone:", f"  {command}"]
-
-
-def training_command(found: Path, checkpoint: dict, data_dir: str) -> str:
-    """The command that trains the choice alone on the same data."""
-    trained = checkpoint["args"]
-    parts = ["python", "supernet.py", "--choice", str(found), "--exp_name", f"{trained['exp_name']}_best"]
-    if trained["dataset"] != "cifar10":
-        parts += ["--dataset", trained["dataset"]]
-    if trained["image_size"] != IMAGE_SIZES[trained["dataset"]]:
-        parts += ["--image_size", str(trained["image_size"])]
-    if data_dir != "./data":
-        parts += ["--data_dir", data_dir]
-    return shlex.join(parts)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Scores random architectures, writes the record, the choice and the pictures, and says how to go on."""
-    args = parse_args(argv)
-    path = Path(args.ckpt) if args.ckpt else on_first(lambda: newest_supernet(Path("runs")))
-    checkpoint = load_supernet(path)
-    facts = checkpoint["data"]
-    model = build_supernet(path, checkpoint)
-    limits = flops_limits(model, args)
-    device = pick_device(args.device)
-    folder = Path(args.search_dir) if args.search_dir else path.parent / "search"
-    settings = {"checkpoint": checkpoint["sha256"], "split": args.split, "seed": args.seed, "precision": args.precision}
-    settings |= {name: getattr(args, name) for name in ("calibration_images", "min_flops", "max_flops")}
-    settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations}
-    settings = on_first(lambda: check_folder(folder, settings, device, args.overwrite))
-    args.precision = settings["precision"]
-    args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
-
-    args.ckpt, args.data_dir = str(path), args.data_dir or checkpoint["args"]["data_dir"]
-    open_log(None)
-    dataset = load_dataset(facts["name"], args.data_dir, facts["image_size"], args.workers)
-    dataset.adopt(facts, str(path))
-    rows = on_first(lambda: open_record(folder, settings, args.overwrite))
-    open_log(folder / "log.txt")
-    log.info(f"supernet     {path}, {checkpoint['epoch']} epochs on {facts['name']}")
-    log.info(f"device       {describe_device(device)}, {args.precision}")
-    model = model.to(device, memory_format=memory_format(device, args.precision))
-    calibration = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
-    if calibration is not None:
-        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, device, args.workers, args.precision)
-    scored, test = (
-        Batches(dataset, split, args.batch_size, device, args.workers, args.precision)
-        for split in (dataset.test if args.split == "test" else dataset.search, dataset.test)
-    )
-    scorer = Scorer(model, calibration, scored, args.precision)
-    if args.split == "test":
-        log.info(
-            "scoring on the test images, as ShunLu91's code does: the best score is biased, and no fair one is left"
+    if "evolution" in found:
+        e = found["evolution"]
+        lines.insert(
+            -2, f"evolution    best {e['best']:.2f}% after {e['evaluations']} paths, {e['generations']} generations"
         )
-    choices = model.sample_choices(stream(args.seed, "search"), args.num_paths, *limits)
-    if len(choices) < args.num_paths:
-        log.info(f"only {len(choices)} architectures are within the limits: all of them are scored")
-    wanted = candidates(SINGLE_BLOCK_PATHS, CONTROL) + candidates(choices, 0)
-    score_missing(scorer, wanted, rows, folder / "paths.csv", args.seed, args.generations * args.population)
-    evolve(scorer, rows, folder / "paths.csv", args, limits)
-    rows = [row for row in rows if row["generation"] <= args.generations]
-    rows = [row for row in rows if row["generation"] or row["index"] < args.num_paths]
-    if rank() == 0:
-        report(folder, checkpoint, args, rows, Scorer(model, calibration, test, args.precision))
-
-
-def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[dict], test: Scorer) -> None:
-    """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
-    images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
-    order = ranked(rows, args.rank_by)
-    if not ranked([row for row in rows if row["generation"] == 0], args.rank_by):
-        raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")
-    numbers = statistics(rows, images)
-    found = order[0] | {"standard_error": standard_error(order[0]["accuracy"], images)}
-    found |= {"split": args.split, "statistics": numbers}
-    if args.generations and (own := ranked(evolving(rows, args.population), "accuracy")):
-        found["evolution"] = {"generations": rows[-1]["generation"], "evaluations": len(own)}
-        found["evolution"] |= {"best": own[0]["accuracy"]}
-    source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}
-    found |= {"checkpoint": source, "args": vars(args)}
-    old = read_json(folder / "search.json") if (folder / "search.json").exists() else {}
-    write_json(folder / "search.json", old | found if old.get("choice") == found["choice"] else found)
-    if args.split == "search":
-        known = {row["choice"]: row["test_accuracy"] for row in old.get("top", [])}
-        found["top"] = measure_top(test, order[: args.top_k], known)
-        write_json(folder / "search.json", found)
-    plot_search(rows, folder, args.split)
-    for line in summary(found, training_command(folder / "search.json", checkpoint, args.data_dir)):
-        log.info(line)
-    log.info(f"wrote {', '.join(str(folder / name) for name in SEARCH_FILES if (folder / name).exists())}")
+    if "top" in found:
+        accuracies = ", ".join(f"{row['test_accuracy']:.2f}%" for row in found["top"])
+        lines.append(
+            f"test images  the best {len(found['top'])} with the supernet's weights, in that order: {accuracies}"
+        )
+    return lines
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -5,7 +5,11 @@ Guo et al., arXiv 1904.00420, section 3.2: every step draws one path uniformly a
 
 import argparse
 import copy
+import inspect
 import math
+import os
+import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,120 +20,74 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import utils
+from blocks import CANDIDATES, capture_blocks, release_blocks
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
+from data.records import METRICS, format_choice, parse_choice, write_csv
 from img.plots import plot_training
-from model import INITS, LAYERS, NAMES, Choice, Classifier, Supernet, default_init, parse_choice
-from utils import (
-    RUN_FILES,
-    SEARCH_FILES,
-    UserError,
-    add_up,
-    autocast,
-    bar,
-    delete_files,
-    describe_device,
-    duration,
-    explicit_flags,
-    load_checkpoint,
-    load_supernet,
-    log,
-    make_folder,
-    memory_format,
-    new_parser,
-    number,
-    on_first,
-    open_log,
-    pick_device,
-    pick_precision,
-    rank,
-    ranks,
-    read_json,
-    refuse_changes,
-    replacing,
-    run_script,
-    save_checkpoint,
-    share_buffers,
-    standard_error,
-    stream,
-    write_csv,
-    write_json,
-)
+from model import CHANNELS, INITS, Choice, Classifier, SearchSpace, Supernet, default_init
+from utils import UserError, log
 
-# Digits' and CIFAR-10's rates suit weights near the identity (README, "Initial weights near the identity"); the rest of
-# CIFAR-10's is ShunLu91/Single-Path-One-Shot-NAS's at 6940c9b as it was meant. ImageNet's are the official code's.
-SHARED = {"momentum": 0.9, "label_smoothing": 0.0, "lr_schedule": "linear", "cutout": 0}
-CIFAR10 = SHARED | {"epochs": 600, "batch_size": 96, "learning_rate": 0.1, "weight_decay": 3e-4}
-OFFICIAL_RATE = 0.025  # of CIFAR-10 and folders with the official initial weights
-IMAGENET = SHARED | {
-    "epochs": 120,
-    "batch_size": 1024,
-    "learning_rate": 0.5,
-    "weight_decay": 4e-5,
-    "label_smoothing": 0.1,
+# The rates of digits and CIFAR-10 suit weights near the identity (img/README.md, "Initial weights"). The rest of
+# CIFAR-10's recipe is that of ShunLu91/Single-Path-One-Shot-NAS at 6940c9b, as it was meant; ImageNet's is the official
+# code's.
+RECIPES = {
+    "cifar10": {"epochs": 600, "batch_size": 96, "learning_rate": 0.1, "weight_decay": 3e-4},
+    "imagenet": {"epochs": 120, "batch_size": 1024, "learning_rate": 0.5, "weight_decay": 4e-5, "label_smoothing": 0.1},
+    "digits": {"epochs": 10, "batch_size": 32, "learning_rate": 0.1, "weight_decay": 3e-4, "momentum": 0.8},
 }
-DIGITS = SHARED | {"epochs": 10, "batch_size": 32, "learning_rate": 0.1, "weight_decay": 3e-4, "momentum": 0.8}
-PRESETS = {  # (data set, alone): defaults
-    ("cifar10", False): CIFAR10,
-    ("cifar10", True): CIFAR10 | {"cutout": 16},
-    ("folder", False): CIFAR10,
-    ("folder", True): CIFAR10 | {"cutout": 16},
-    ("imagenet", False): IMAGENET,
-    ("imagenet", True): IMAGENET | {"epochs": 240},
-    ("digits", False): DIGITS,
-    ("digits", True): DIGITS,
-}
-# What may differ between a run and its continuation; everything else decides what is learned.
-FREE = {"data_dir", "device", "workers", "val_interval", "resume", "overwrite", "out_dir", "exp_name"}
-Network = Supernet | DistributedDataParallel
-METRICS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
+# What a command says anew about a run that it continues, and what may differ from it besides. The rest decides what is
+# learned.
+ANEW = {"exp_name", "out_dir", "resume", "overwrite", "no_cuda_graphs"}
+FREE = ANEW | {"data_dir", "device", "workers", "val_interval"}
+ADVICE = "a run's settings stay what they were: leave the flag out to continue, or start another run by --exp_name"
 EVALUATION_BATCH = 250
 CHECK_EVERY = 100  # steps between two looks at the loss, which wait for the device
 
 
-def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser, with the defaults that suit the data set and kind of network which argv asks for."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="cifar10")
-    first.add_argument("--choice")
-    first.add_argument("--init")
-    first.add_argument("--image_size", type=float, default=0)
-    asked, _ = first.parse_known_args(argv)
-
-    parser = new_parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--exp_name", type=folder_name, default="spos_cifar10", help="names the run's folder OUT_DIR/EXP_NAME")
-    add("--out_dir", default="runs", help="parent of the run folders")
+def build_parser() -> utils.Parser:
+    """The parser; the defaults that depend on the data set and the kind of network are set by `recipe`."""
+    parser = utils.Parser("Trains the supernet by single-path sampling, or with --choice one architecture alone.")
+    add, number = parser.add_argument, utils.number
+    add("--exp_name", type=folder_name, default="spos_cifar10", help="name of the run's folder, OUT_DIR/EXP_NAME")
+    add("--out_dir", type=utils.path, default="runs", help="parent folder of the runs")
     add("--dataset", choices=list(IMAGE_SIZES), default="cifar10", help="what to train on; digits needs no download")
+    add("--data_dir", type=utils.path, default="./data", help="folder of the data set, or where it is downloaded to")
     add("--image_size", type=number(int, 8), help="side of the images in pixels; above 64 the network is ImageNet's")
     add("--epochs", type=number(int, 1), help="passes over the training images")
-    add("--batch_size", type=number(int, 1), help="images a step")
-    add("--learning_rate", type=number(float, above=0), help="of SGD, at the start")
-    add("--momentum", type=number(float, 0, 1), help="of SGD")
-    add("--weight_decay", "--weight-decay", type=number(float, 0), help="of convolution and classifier weights")
-    add("--label_smoothing", type=number(float, 0, 1), help="probability spread over all classes in training")
-    add("--init", choices=INITS, help="initial weights (default: identity up to 64 px, official above)")
-    add("--lr_schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0, step by step")
-    add(
-        "--cutout",
-        type=number(int, 0),
-        nargs="?",
-        const=16,
-        help="side of a square set to the mean; alone: 16; 0: none",
-    )
-    add("--choice", help="train this architecture alone: 20 numbers like 1-0-3-..., or a search.json")
-    add(
-        "--init_from", help="a supernet's last.pth, whose weights of that path training starts from; with --choice only"
-    )
-    add("--train_on", choices=("train", "all"), default="train", help="all adds the search split; with --choice only")
-    add("--val_interval", type=number(int, 1), default=1, help="epochs between validations; the last has one anyway")
-    add("--resume", action="store_true", help="go on with the run in that folder; its own settings hold")
-    add("--overwrite", action="store_true", help="delete what a run left in that folder, and begin anew")
-    parser.set_defaults(**PRESETS.get((asked.dataset, asked.choice is not None), CIFAR10))
-    parser.set_defaults(image_size=IMAGE_SIZES.get(asked.dataset, 32))
-    if asked.dataset in ("cifar10", "folder") and (asked.init or default_init(asked.image_size)) == "official":
-        parser.set_defaults(learning_rate=OFFICIAL_RATE)
+    add("--batch_size", type=number(int, 1), help="images per step")
+    add("--learning_rate", type=number(float, above=0), help="initial learning rate")
+    add("--lr_schedule", choices=("linear", "cosine"), help="how the learning rate decays to 0, step by step")
+    add("--momentum", type=number(float, 0, below=1), help="momentum of SGD")
+    add("--weight_decay", type=number(float, 0), help="weight decay (BatchNorm excluded)")
+    add("--label_smoothing", type=number(float, 0, below=1), help="label smoothing")
+    add("--cutout", type=number(int, 0), nargs="?", help="side of the square to cut out; no value: half the image")
+    add("--init", choices=INITS, help="initial weights")
+    add("--choice", help="train one architecture alone: 20 numbers like 1-0-3-..., or a search.json")
+    add("--init_from", type=utils.path, help="with --choice: start from the weights in this supernet's last.pth")
+    add("--train_on", choices=("train", "all"), default="train", help="with --choice: all adds the search split")
+    add("--val_interval", type=number(int, 1), default=1, help="epochs between validations; the last always has one")
+    add("--resume", action="store_true", help="continue the run with its original settings")
+    add("--overwrite", action="store_true", help="delete the run in that folder and start again")
+    utils.add_common_flags(parser)
     return parser
+
+
+def recipe(asked: argparse.Namespace) -> dict:
+    """The defaults that suit the data set, the size of the images and the kind of network."""
+    small = asked.dataset in ("cifar10", "folder")
+    image_size = asked.image_size or IMAGE_SIZES[asked.dataset]
+    values = {"image_size": image_size, "momentum": 0.9, "label_smoothing": 0.0, "lr_schedule": "linear", "cutout": 0}
+    values |= RECIPES["cifar10" if small else asked.dataset]
+    values["init"] = None if asked.init_from else default_init(image_size)
+    if small and (asked.init or default_init(image_size)) == "official":
+        values["learning_rate"] = 0.025
+    if asked.choice is not None and small:
+        values["cutout"] = image_size // 2
+    if asked.choice is not None and asked.dataset == "imagenet":
+        values["epochs"] = 240
+    return values
 
 
 def folder_name(text: str) -> str:
@@ -141,66 +99,176 @@ def folder_name(text: str) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The run's settings and, with --resume, the checkpoint they come from."""
-    parser = build_parser(argv)
-    args = parser.parse_args(argv)
+    parser = build_parser()
+    searched = read_search(parser.peek(argv).choice)
+    parser.set_defaults(**{name: searched[name] for name in ("dataset", "image_size", "data_dir") if name in searched})
+    asked = parser.peek(argv)
+    if asked.dataset != searched.get("dataset", asked.dataset):  # another one than the search's
+        parser.set_defaults(image_size=None, data_dir="./data")
+    parser.set_defaults(**recipe(parser.peek(argv)))
+    args, checkpoint = parser.parse_args(argv), None
+    last = Path(args.out_dir, args.exp_name, "last.pth")
+    if args.resume and last.exists():
+        checkpoint = utils.load_checkpoint(last)
+        before = checkpoint["args"]
+        if "init" not in before:
+            raise UserError(f"{last} is of an earlier version, whose learning rate fell otherwise; start again")
+        parser.set_defaults(**{name: value for name, value in before.items() if name not in ANEW})
+        args = parser.parse_args(argv)
+    args.cutout = args.image_size // 2 if args.cutout is None else args.cutout
+    args.supernet_accuracy = searched.get("accuracy")
+    if args.choice is not None:
+        args.choice = read_choice(searched.get("choice", args.choice))
+    if checkpoint is not None:
+        args.supernet_accuracy = before["supernet_accuracy"]
+        args.precision = before["precision"] if args.precision == "auto" else args.precision
+        fixed = {name: value for name, value in vars(args).items() if name in before and name not in FREE}
+        utils.refuse_changes(before, fixed, str(last), ADVICE)
     if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite deletes it; give one of them")
-    if args.train_on == "all" and args.choice is None:
+        parser.error("--resume continues a run and --overwrite deletes it; give one of them")
+    if args.choice is None and args.train_on == "all":
         parser.error("--train_on all needs --choice: a supernet's search split must stay out of its training")
-    if args.init_from and args.choice is None:
-        parser.error("--init_from needs --choice: it takes one path's weights out of a supernet")
+    if args.choice is None and args.init_from:
+        parser.error("--init_from needs --choice: it takes the weights of one path out of a supernet")
     if args.init_from and args.init:
         parser.error("--init and --init_from both say where the initial weights come from; give one of them")
-    if args.init_from is None:
-        args.init = args.init or default_init(args.image_size)
     if args.dataset == "cifar10" and args.image_size != 32:
         parser.error("--image_size: the images of cifar10 have 32 pixels")
-    args.supernet_accuracy = None
+    if args.cutout >= args.image_size:
+        parser.error(f"--cutout {args.cutout} would blank images of {args.image_size} pixels")
+    return args, checkpoint
+
+
+def read_search(text: str | None) -> dict:
+    """The content of the search.json that --choice names; empty if it names none."""
+    if text is None or not os.path.isfile(utils.path(text)):
+        return {}
+    found = utils.read_json(Path(utils.path(text)))
+    if not {"choice", "accuracy"} <= found.keys():
+        raise UserError(f"{text} holds no choice; is it a search.json of random_search.py?")
+    return found
+
+
+def read_choice(text: str) -> str:
+    """A choice as 1-0-3-..., from numbers with hyphens, commas or blanks between them."""
+    numbers = re.split(r"[-,\s]+", str(text).strip("[] "))
+    if len(numbers) != len(CHANNELS) or not all(n.isdecimal() and int(n) < len(CANDIDATES) for n in numbers):
+        raise UserError(
+            f"--choice {str(text)[:100]} is neither {len(CHANNELS)} numbers from 0 to {len(CANDIDATES) - 1}, "
+            "like 1-0-3-..., nor a file"
+        )
+    return format_choice(map(int, numbers))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, validates and records every epoch; a single architecture is measured on the test images at the end."""
+    args, checkpoint = parse_args(argv)
+    folder = Path(args.out_dir, args.exp_name)
+    with utils.owned_folder(folder, "--out_dir"):
+        check_folder(folder, args)
+        run(folder, args, checkpoint)
+
+
+def run(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Prepares a run or what is left of it, trains, and measures a single architecture."""
+    device = utils.pick_device(args.device)
+    args.precision, args.data_dir = utils.pick_precision(args.precision, device), os.path.abspath(args.data_dir)
+    utils.open_log(folder / "log.txt" if checkpoint else None)
+    rows = checkpoint["metrics"] if checkpoint else []
+    if len(rows) == args.epochs and (args.choice is None or (folder / "result.json").exists()):
+        log.info(f"{folder} is complete: {args.epochs} epochs")
+        return
+
+    weights = utils.load_supernet(Path(args.init_from))["model"] if args.init_from and checkpoint is None else None
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
+    if checkpoint:
+        dataset.adopt(checkpoint["data"], f"{folder / 'last.pth'}")
+    batches = load_batches(dataset, args, device)
+    model = build_model(dataset, args, weights).to(device, memory_format=utils.memory_format(device, args.precision))
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    optimizer = build_optimizer(model, args, checkpoint["optimizer"] if checkpoint else None)
+
+    if checkpoint is None and utils.rank() == 0:
+        utils.delete_files(folder, utils.RUN_FILES)
+        utils.delete_files(folder / "search", utils.SEARCH_FILES)
+    utils.open_log(folder / "log.txt")
+    if checkpoint:
+        log.info(f"resuming after epoch {len(rows)}")
+    elif args.resume:
+        log.info(f"no checkpoint in {folder}; starting from scratch")
+    sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in batches.items())
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    log.info(f"device    {utils.describe_device(device)}, {args.precision}, {versions}")
+    log.info(f"data      {dataset.name}, {dataset.image_size} px, {len(dataset.classes)} classes: {sizes} images")
+    kind = "supernet" if args.choice is None else f"architecture {args.choice}"
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info(f"network   {kind}, {parameters:,} parameters, initial weights: {args.init or args.init_from}")
+    if utils.rank() == 0:
+        about = {"torch": torch.__version__, "device_name": utils.describe_device(device)}
+        utils.write_json(folder / "args.json", vars(args) | about)
+
+    train(model, batches, optimizer, args, rows, dataset.metadata())
     if args.choice is not None:
-        args.choice, args.supernet_accuracy = read_choice(args.choice)
-    last = Path(args.out_dir, args.exp_name, "last.pth")
-    if not (args.resume and last.exists()):
-        return args, None
-    checkpoint = load_checkpoint(last)
-    if "init" not in checkpoint["args"]:
-        if checkpoint["args"]["dataset"] != "imagenet" and checkpoint["epoch"] < checkpoint["args"]["epochs"]:
-            raise UserError(
-                f"{last} is of an earlier version, whose learning rate fell per epoch and now falls per step; "
-                "begin anew with --overwrite, or finish the run with that version"
-            )
-        checkpoint["args"]["init"] = None if checkpoint["args"].get("init_from") else "official"
-    given = {name: getattr(args, name) for name in explicit_flags(build_parser(argv), argv)}
-    fixed = {
-        name: value for name, value in given.items() if name not in FREE and (name, value) != ("precision", "auto")
-    }
-    refuse_changes(checkpoint["args"], fixed, str(last), "leave the flag out to go on, or take another --exp_name")
-    free = {name: getattr(args, name) for name in FREE if name in given or name not in checkpoint["args"]}
-    return argparse.Namespace(**checkpoint["args"] | free), checkpoint
+        if utils.rank() == 0:
+            export(folder / "model.pt2", model, parse_choice(args.choice), dataset.mean, dataset.std)
+        write_result(folder, model, batches["test"], args)
+    log.info(f"wrote {', '.join(str(folder / name) for name in utils.RUN_FILES if (folder / name).exists())}")
+    if args.choice is None:
+        log.info(f"next: {shlex.join(['python', 'random_search.py', '--ckpt', str(folder / 'last.pth')])}")
 
 
-def read_choice(text: str) -> tuple[str, float | None]:
-    """The choice as 1-0-3-..., and its accuracy in the supernet if `text` is the path of a search.json."""
-    accuracy = None
-    if Path(text).is_file():
-        found = read_json(Path(text))
-        if not isinstance(found, dict) or not {"choice", "accuracy"} <= found.keys():
-            raise UserError(f"{text} holds no choice; is it a search.json of random_search.py?")
-        text, accuracy = found["choice"], found["accuracy"]
-    numbers = str(text).replace(",", "-").split("-")
-    if len(numbers) != LAYERS or not all(n.strip() in map(str, range(len(NAMES))) for n in numbers):
-        raise UserError(f"--choice {text} is neither {LAYERS} numbers from 0 to 3, like 1-0-3-..., nor a file")
-    return "-".join(n.strip() for n in numbers), accuracy
+def check_folder(folder: Path, args: argparse.Namespace) -> None:
+    """Raises UserError if a run is in the folder that nobody asked to touch, or a search."""
+    kept = [folder / name for name in ("last.pth", "metrics.csv", "result.json") if (folder / name).exists()]
+    if kept and not (args.resume or args.overwrite):
+        raise UserError(
+            f"{kept[0]} exists: --resume continues that run, --overwrite deletes it, or take another --exp_name"
+        )
+    if (folder / "paths.csv").exists():
+        raise UserError(f"{folder} is the folder of a search; take another --exp_name")
 
 
-def learning_rate(args: argparse.Namespace, done: float) -> float:
-    """The rate after a share of all steps, from 0 to 1."""
-    return args.learning_rate * (1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> dict[str, Batches]:
+    """Batches of the three splits; with --train_on all the search split is trained on as well."""
+    train = dataset.train + dataset.search if args.train_on == "all" else dataset.train
+    if utils.world_size() > 1 and (args.batch_size % utils.world_size() or args.batch_size > len(train)):
+        raise UserError(
+            f"--batch_size {args.batch_size} is that of all {utils.world_size()} ranks together: take a multiple of "
+            f"{utils.world_size()}, at most the {len(train)} training images"
+        )
+    # A batch of one class only, as folders come in order, would be normalised by statistics of that class.
+    order = utils.stream(args.seed, "validation order").sample(range(len(dataset.search)), len(dataset.search))
+    sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
+    splits = {"train": train, "search": dataset.search.subset(order), "test": dataset.test}
+    how = device, args.workers, args.precision
+    return {name: Batches(dataset, splits[name], sizes[name], *how) for name in splits}
+
+
+def build_model(dataset: Dataset, args: argparse.Namespace, weights: dict[str, Tensor] | None) -> Supernet:
+    """The network with its initial weights, which depend on --seed alone, or on a supernet's weights.
+
+    Raises UserError if there is no such network, or if the weights do not fit it.
+    """
+    torch.manual_seed(args.seed)
+    choice = parse_choice(args.choice) if args.choice is not None else None
+    try:
+        model = Supernet(len(dataset.classes), dataset.image_size, choice is not None, choice, args.init)
+    except ValueError as error:
+        raise UserError(f"--choice {args.choice}: {error}") from None
+    if weights is not None:
+        try:
+            model.load_path(weights, choice)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--init_from {args.init_from} does not fit this network ({reason})") from None
+    return model
 
 
 def build_optimizer(model: Supernet, args: argparse.Namespace, state: dict | None = None) -> torch.optim.SGD:
-    """SGD with weight decay on convolutions and classifier, and none on BatchNorm's scales and shifts.
+    """SGD with weight decay on convolution and classifier weights, and none on BatchNorm's scales and shifts.
 
-    state: of an optimizer that is to go on.
+    state: of an optimizer to continue.
     """
     weights = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim == 1]
@@ -217,71 +285,119 @@ def build_optimizer(model: Supernet, args: argparse.Namespace, state: dict | Non
     return optimizer
 
 
-def parallel(model: Supernet) -> Network:
-    """The network to train with: under torchrun a wrapper that averages the ranks' gradients."""
-    if ranks() == 1:
-        return model
-    # All ranks draw the same path, so what is unused on one is unused on all: its gradient stays None.
-    return DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False)
+def learning_rate(args: argparse.Namespace, done: float) -> float:
+    """The rate after a share of all steps, from 0 to 1."""
+    return args.learning_rate * (1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def bare(network: Network) -> Supernet:
-    """The supernet inside of what `parallel` made."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
+def train(
+    model: Supernet,
+    batches: dict[str, Batches],
+    optimizer: torch.optim.SGD,
+    args: argparse.Namespace,
+    rows: list[dict],
+    metadata: dict,
+) -> None:
+    """Trains the epochs that `rows` lacks; each ends with a row of metrics.csv, a checkpoint and a line of the log.
 
-
-def train_epoch(
-    network: Network, batches: Batches, optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
-) -> tuple[float, float]:
-    """One pass over the training images, a new path at every step; returns mean loss and top-1 accuracy in percent.
-
-    epoch: how many are finished. Raises UserError with epoch and step if the loss or a weight stops being finite.
+    Raises UserError with epoch and step if the loss or a weight stops being finite.
     """
-    network.train()
-    rng = stream(args.seed, f"train {epoch}")
-    steps, losses, hits = batches.steps(), [], []
-    images = batches.epoch(args.seed, epoch, args.cutout)
-    for step, (x, y) in enumerate(bar(images, f"epoch {epoch + 1}", steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, (epoch + step / steps) / args.epochs)
-        choice = bare(network).sample_choice(rng)
-        optimizer.zero_grad(set_to_none=True)  # a zero gradient would let momentum and decay move idle blocks
-        with autocast(args.precision, batches.device):
-            logits = network(x, choice)
-        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        hits.append((logits.argmax(1) == y).float().mean())
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            check_finite(add_up(torch.stack(losses)), epoch)
-    if not all(value.isfinite().all() for value in network.state_dict().values()):
-        raise UserError(f"the weights are no longer finite after epoch {epoch + 1}; lower --learning_rate")
-    loss, accuracy = add_up(torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))).tolist()
-    return loss / ranks(), 100 * accuracy / ranks()
+    folder, images, space = Path(args.out_dir, args.exp_name), batches["train"], SearchSpace(model)
+    steps, begun, alone = images.steps(), len(rows), args.choice is not None
+    validated_on = "search split" if alone else "random paths"
+    if not alone:
+        log.info("random paths are validated with each batch's own BatchNorm statistics: a sign of progress, no result")
+    log.info(f"graphs    {use_cuda_graphs(model, images, args, steps * (args.epochs - begun))}")
+    network = distribute(model)
+    start = time.monotonic()
+    for epoch in range(begun, args.epochs):
+        epoch_start = time.monotonic()
+
+        # Train. Paths, order and augmentation depend on seed and epoch alone, so that a resumed run repeats them.
+        network.train()
+        rng, losses, hits = utils.stream(args.seed, f"train {epoch}"), [], []
+        epoch_images = images.epoch(args.seed, epoch, args.cutout)
+        for step, (x, y) in enumerate(utils.progress(epoch_images, f"epoch {epoch + 1}", steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, (epoch + step / steps) / args.epochs)
+            # Uniform sampling of a single path; every rank draws the same one. Alone, there is one to draw from.
+            choice = space.sample(rng)
+            # A gradient of zero, unlike none, would let momentum and weight decay move the blocks off the path.
+            optimizer.zero_grad(set_to_none=True)
+            with utils.autocast(args.precision, images.device):
+                logits = network(x, choice)
+            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            # These stay on the device: to read them here would make the host wait at every step.
+            losses.append(loss.detach())
+            hits.append((logits.argmax(1) == y).float().mean())
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+                check_finite(losses, epoch)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise UserError(f"the weights are no longer finite after epoch {epoch + 1}; lower --learning_rate")
+        means = utils.all_reduce(torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean())))
+        means /= utils.world_size()
+        row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch / args.epochs)}
+        row["train_loss"], row["train_acc"] = means[0].item(), 100 * means[1].item()
+        utils.broadcast_buffers(model)
+
+        # Validate. A supernet's running statistics mix all paths and suit none, so a path gets those of each batch.
+        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+        if due and args.train_on == "train":
+            paths = fixed_paths(space, batches["search"], args.seed)
+            result = evaluate(model, batches["search"], paths, own_statistics=not alone)
+            row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
+        row["seconds"] = round(time.monotonic() - epoch_start, 3)
+        rows.append(row)
+
+        # Record. A checkpoint holds the whole table, so that a kill between two files loses nothing.
+        if utils.rank() == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            state |= {"args": vars(args), "data": metadata, "metrics": rows, "candidates": model.names}
+            utils.save_checkpoint(folder / "last.pth", state)
+            write_csv(folder / "metrics.csv", rows, METRICS)
+            if (epoch + 1) % max(1, args.epochs // 50) == 0 or epoch + 1 == args.epochs:
+                statistics = "" if alone else ", each batch's own statistics"
+                plot_training(rows, folder / "training.png", validated_on + statistics)
+        line = f"epoch {epoch + 1:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
+        line += f"  train loss {row['train_loss']:.4f} top-1 {row['train_acc']:5.2f}%"
+        if row["val_acc"] is not None:
+            line += f"  {validated_on} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
+        left = (time.monotonic() - start) / (epoch + 1 - begun) * (args.epochs - epoch - 1)
+        log.info(f"{line}  {utils.duration(row['seconds'])}  left {utils.duration(left)}")
+    release_blocks(model)
 
 
-def check_finite(losses: Tensor, epoch: int) -> None:
-    """Raises UserError with the first step of the epoch whose loss is not finite; losses: one for each step so far."""
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+def check_finite(losses: list[Tensor], epoch: int) -> None:
+    """Raises UserError with the first step of the epoch whose loss is not finite on some rank."""
+    total = utils.all_reduce(torch.stack(losses))
+    bad = (~total.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}; lower --learning_rate "
+            f"the loss is {total[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}; lower --learning_rate "
             "(the checkpoint of the last whole epoch, if there is one, is unharmed)"
         )
+
+
+def fixed_paths(space: SearchSpace, batches: Batches, seed: int) -> list[Choice]:
+    """A path for every batch, the same at every call."""
+    rng = utils.stream(seed, "validation")
+    return [space.sample(rng) for _ in range(len(batches))]
 
 
 @torch.inference_mode()
 def evaluate(
     model: Supernet, batches: Batches, paths: Sequence[Choice], own_statistics: bool = False
 ) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy in percent, batch i through paths[i]; changes no buffer.
+    """Mean loss, top-1 and top-5 accuracy in percent, batch i through paths[i], in fp32; changes no buffer.
 
     own_statistics: whether BatchNorm uses those of each batch, as in training, instead of the running ones.
     """
+    model.eval()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    model.train(own_statistics)
     for norm in norms:
+        norm.train(own_statistics)
         norm.track_running_stats = not own_statistics  # without it, training mode leaves the buffers alone
     totals = torch.zeros(3, device=batches.device)
     for i, (x, y) in batches.share():
@@ -290,207 +406,61 @@ def evaluate(
         totals += torch.stack((F.cross_entropy(logits, y, reduction="sum"), hits[:, 0].sum(), hits.sum()))
     for norm in norms:
         norm.track_running_stats = True
-    loss, top1, top5 = (add_up(totals) / len(batches.labels)).tolist()
+    loss, top1, top5 = (utils.all_reduce(totals) / len(batches.labels)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
-def random_paths(model: Supernet, batches: Batches, seed: int) -> list[Choice]:
-    """A fixed path for every batch; always the same one if the model is a single architecture."""
-    rng = stream(seed, "validation")
-    return [model.sample_choice(rng) for _ in range(len(batches))]
-
-
-def check_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Makes the run's folder; raises UserError if it cannot, or if a run is there that nobody asked to touch."""
-    kept = [folder / name for name in ("last.pth", "metrics.csv", "result.json") if (folder / name).exists()]
-    if kept and not (args.resume or args.overwrite):
-        raise UserError(
-            f"{kept[0]} exists: --resume goes on with that run, --overwrite deletes it, or take another --exp_name"
-        )
-    make_folder(folder, "--out_dir")
-
-
-def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> dict[str, Batches]:
-    """Batches of the three splits; with --train_on all the search split is trained on as well."""
-    train = dataset.train + dataset.search if args.train_on == "all" else dataset.train
-    if ranks() > 1 and (args.batch_size % ranks() or args.batch_size > len(train)):
-        raise UserError(
-            f"--batch_size {args.batch_size} is that of all {ranks()} ranks together: take a multiple of {ranks()}, "
-            f"at most the {len(train)} training images"
-        )
-    # A batch of one class only, as folders come in order, would be normalised by statistics of that class.
-    order = stream(args.seed, "validation order").sample(range(len(dataset.search)), len(dataset.search))
-    sizes = {"train": args.batch_size, "search": EVALUATION_BATCH, "test": EVALUATION_BATCH}
-    splits = {"train": train, "search": dataset.search.subset(order), "test": dataset.test}
-    how = device, args.workers, args.precision
-    return {name: Batches(dataset, splits[name], sizes[name], *how) for name in splits}
-
-
-def build_model(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Supernet:
-    """The network with its initial weights, which depend on --seed alone."""
-    torch.manual_seed(args.seed)
-    choice = parse_choice(args.choice) if args.choice else None
-    model = Supernet(len(dataset.classes), dataset.image_size, choice is not None, choice, args.init)
-    return model.to(device, memory_format=memory_format(device, args.precision))
-
-
-def take_path(model: Supernet, weights: dict[str, Tensor], args: argparse.Namespace) -> None:
-    """Gives a single architecture the weights that it has in a supernet; raises UserError if they do not fit."""
-    try:
-        model.load_path(weights, parse_choice(args.choice))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--init_from {args.init_from} does not fit this network ({reason})") from None
-
-
-def describe(dataset: Dataset, data: dict[str, Batches], model: Supernet, about_device: str) -> None:
-    """The first lines of the log."""
-    sizes = ", ".join(f"{len(batches.labels):,} {name}" for name, batches in data.items())
-    log.info(f"device    {about_device}, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    log.info(f"data      {dataset.name}, {dataset.image_size} px, {len(dataset.classes)} classes: {sizes} images")
-    log.info(f"network   {sum(p.numel() for p in model.parameters()):,} parameters")
-    if len(model.options[0]) > 1:
-        log.info("random paths are scored with each batch's own BatchNorm statistics: a sign of progress, no result")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, validates and records every epoch; a single architecture is measured on the test images at the end."""
-    args, checkpoint = parse_args(argv)
-    folder = Path(args.out_dir, args.exp_name)
-    device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    on_first(lambda: check_folder(folder, args))
-    open_log(folder / "log.txt" if checkpoint else None)
-    rows = checkpoint["metrics"] if checkpoint else []
-    if len(rows) == args.epochs and (args.choice is None or (folder / "result.json").exists()):
-        log.info(f"{folder} is complete: {args.epochs} epochs")
-        return
-
-    weights = load_supernet(Path(args.init_from))["model"] if args.init_from and checkpoint is None else None
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
-    if checkpoint:
-        dataset.adopt(checkpoint["data"], f"{folder / 'last.pth'}")
-    data = load_batches(dataset, args, device)
-    model = build_model(dataset, args, device)
-    if weights is not None:
-        take_path(model, weights, args)
-    optimizer = build_optimizer(model, args, checkpoint["optimizer"] if checkpoint else None)
-    if checkpoint is None:
-        if rank() == 0:
-            delete_files(folder, RUN_FILES)
-            delete_files(folder / "search", SEARCH_FILES)
-        open_log(folder / "log.txt")
-        if args.resume:
-            log.info(f"nothing to resume in {folder}: beginning anew")
-    else:
-        model.load_state_dict(checkpoint["model"])
-        log.info(f"resuming after epoch {len(rows)}")
-    describe(dataset, data, model, f"{describe_device(device)}, {args.precision}")
-    if rank() == 0:
-        about = {"torch": torch.__version__, "device_name": describe_device(device)}
-        write_json(folder / "args.json", vars(args) | about)
-    train(model, data, optimizer, args, rows, dataset.facts())
-    if args.choice:
-        if rank() == 0:
-            export(folder / "model.pt2", model, parse_choice(args.choice), dataset.mean, dataset.std)
-        write_result(folder, model, data, args)
-    log.info(f"wrote {', '.join(str(folder / name) for name in RUN_FILES if (folder / name).exists())}")
-    if args.choice is None:
-        log.info(f"next: python random_search.py --ckpt {folder / 'last.pth'}")
-
-
-def train(
-    model: Supernet,
-    data: dict[str, Batches],
-    optimizer: torch.optim.SGD,
-    args: argparse.Namespace,
-    rows: list[dict],
-    facts: dict,
-) -> None:
-    """The epochs that `rows` does not have yet; each one ends with its row, a checkpoint and a line of the log."""
-    network, start, begun = parallel(model), time.time(), len(rows)
-    while len(rows) < args.epochs:
-        rows.append(run_epoch(network, data, optimizer, args, len(rows)))
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"epoch": len(rows), "args": vars(args), "data": facts, "metrics": rows}
-        if rank() == 0:
-            record(Path(args.out_dir, args.exp_name), state, args)
-        left = (time.time() - start) / (len(rows) - begun) * (args.epochs - len(rows))
-        log.info(f"{epoch_line(rows[-1], args)}  left {duration(left)}")
-
-
-def record(folder: Path, state: dict, args: argparse.Namespace) -> None:
-    """Writes the checkpoint after an epoch, and the table and from time to time the picture of all epochs."""
-    rows = state["metrics"]
-    save_checkpoint(folder / "last.pth", state)
-    write_csv(folder / "metrics.csv", rows, METRICS)
-    if len(rows) % max(1, args.epochs // 50) == 0 or len(rows) == args.epochs:
-        statistics = ", each batch's own statistics" if args.choice is None else ""
-        plot_training(rows, folder / "training.png", validated_on(args) + statistics)
-
-
-def validated_on(args: argparse.Namespace) -> str:
-    """What the validation columns are about: a supernet's are a sign of progress and no score of anything."""
-    return "random paths" if args.choice is None else "search split"
-
-
-def run_epoch(
-    network: Network, data: dict[str, Batches], optimizer: torch.optim.SGD, args: argparse.Namespace, epoch: int
-) -> dict:
-    """Trains one epoch and validates after it if it is time to; returns its row of metrics.csv."""
-    start = time.time()
-    row = dict.fromkeys(METRICS) | {"epoch": epoch + 1, "lr": learning_rate(args, epoch / args.epochs)}
-    row["train_loss"], row["train_acc"] = train_epoch(network, data["train"], optimizer, args, epoch)
-    model = bare(network)
-    share_buffers(model)
-    due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-    if due and args.train_on == "train":
-        # A supernet's running statistics mix all paths and suit none of them.
-        paths = random_paths(model, data["search"], args.seed)
-        result = evaluate(model, data["search"], paths, args.choice is None)
-        row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
-    return row | {"seconds": round(time.time() - start, 3)}
-
-
-def epoch_line(row: dict, args: argparse.Namespace) -> str:
-    """The epoch's line of the log."""
-    line = f"epoch {row['epoch']:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
-    line += f"  train loss {row['train_loss']:.4f} top-1 {row['train_acc']:5.2f}%"
-    if row["val_acc"] is not None:
-        line += f"  {validated_on(args)} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
-    return f"{line}  {duration(row['seconds'])}"
-
-
-def export(path: Path, model: Supernet, choice: Choice, mean: Sequence[float], std: Sequence[float]) -> None:
+def export(folder_file: Path, model: Supernet, choice: Choice, mean: Sequence[float], std: Sequence[float]) -> None:
     """Writes a network that torch alone can load and run: uint8 (N, 3, S, S), any N -> logits (N, classes)."""
     network = Classifier(copy.deepcopy(model.path(choice)), mean, std)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()
     images = torch.zeros(2, 3, model.image_size, model.image_size, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with utils.replacing(folder_file) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
 
 
-def write_result(folder: Path, model: Supernet, data: dict[str, Batches], args: argparse.Namespace) -> None:
+def write_result(folder: Path, model: Supernet, test: Batches, args: argparse.Namespace) -> None:
     """Measures a single architecture on the test images, once, and writes result.json."""
-    test = data["test"]
-    paths = random_paths(model, test, args.seed)
-    measured = evaluate(model, test, paths)
-    images = len(test.labels)
+    space, choice, images = SearchSpace(model), parse_choice(args.choice), len(test.labels)
+    measured = evaluate(model, test, [choice] * len(test))
     result = {"choice": args.choice, "test_accuracy": measured["top1"]}
-    result |= {"standard_error": standard_error(measured["top1"], images), "test_images": images}
+    result |= {"standard_error": utils.standard_error(measured["top1"], images), "test_images": images}
     if model.head.classifier.out_features >= 100:
         result["test_top5"] = measured["top5"]
-    result |= {"flops_m": model.flops(paths[0]) / 1e6, "params_m": model.params(paths[0]) / 1e6}
+    result |= {"flops_m": space.flops(choice) / 1e6, "params_m": space.params(choice) / 1e6}
     result |= {name: getattr(args, name) for name in ("dataset", "train_on", "epochs", "seed", "supernet_accuracy")}
-    if rank() == 0:
-        write_json(folder / "result.json", result)
+    if utils.rank() == 0:
+        utils.write_json(folder / "result.json", result)
     log.info(
-        f"test      top-1 {measured['top1']:.2f}% +- {result['standard_error']:.2f} on {images:,} images, "
+        f"test      top-1 {measured['top1']:.2f}% ± {result['standard_error']:.2f} on {images:,} images, "
         f"{result['flops_m']:.1f}M multiply-adds, {result['params_m']:.2f}M parameters"
     )
 
 
+# Several GPUs, and the launches of one
+
+
+def distribute(model: Supernet) -> Supernet | DistributedDataParallel:
+    """The network to train with: under torchrun a wrapper that averages the ranks' gradients."""
+    if utils.world_size() == 1:
+        return model
+    # All ranks draw the same path, so what is unused on one is unused on all: its gradient stays None.
+    known = inspect.signature(DistributedDataParallel).parameters
+    synchronise = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    return DistributedDataParallel(model, find_unused_parameters=True, **{synchronise: False})
+
+
+def use_cuda_graphs(model: Supernet, images: Batches, args: argparse.Namespace, steps: int) -> str:
+    """Lets the blocks replay CUDA graphs where that pays; returns what the log says about it."""
+    if args.no_cuda_graphs:
+        return "not used: --no_cuda_graphs"
+    if len(images.labels) < args.batch_size:
+        return "not used: there are fewer training images than a batch has"
+    with utils.autocast(args.precision, images.device):
+        return capture_blocks(model, images.blank(args.batch_size // utils.world_size()), steps)
+
+
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

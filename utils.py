@@ -1,8 +1,9 @@
-"""What both scripts need and what knows no data set and no block: flags, devices, logs, checkpoints and records."""
+"""What both scripts need and what knows no data set and no block: flags, ranks, devices, logs, files, checkpoints."""
 
 import argparse
-import csv
 import ctypes
+import difflib
+import errno
 import hashlib
 import io
 import json
@@ -11,12 +12,14 @@ import math
 import os
 import pickle
 import random
+import re
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -25,6 +28,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from tqdm import tqdm
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 T = TypeVar("T")
 
@@ -36,113 +44,127 @@ SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.pn
 SEARCH_FILES += ("evolution.png",)
 
 
+# What the operating system may refuse for no fault of this code: room, permission, open files, long names, memory.
+REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+REFUSALS |= {errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
 class UserError(Exception):
     """A mistake of the user's, or of their machine, in one line that says what to do about it."""
 
 
-def run_script(main: Callable[[list[str] | None], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main, under torchrun together with the other ranks.
 
-    Turns a UserError into one line and exit code 1, Ctrl-C into exit code 130.
+    Turns a UserError and what the operating system refuses into one line and exit code 1, Ctrl-C into exit code 130.
     """
     keep_freed_memory()
+    for output in (sys.stdout, sys.stderr):
+        if output is not None:
+            output.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
         if dist.is_torchelastic_launched():
             dist.init_process_group(timeout=timedelta(hours=1))  # rank 0 may download for long
-        main(None)
+        main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
         # An error that crossed a data loader's worker carries the worker's traceback; its last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        _fail(line)
+        fail(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: "))
     except torch.OutOfMemoryError as error:
-        _fail(f"the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
-    except RuntimeError:
-        if ranks() > 1:
+        fail(f"the device is out of memory; try a smaller --batch_size ({str(error).splitlines()[0]})")
+    except MemoryError as error:
+        fail(f"out of memory; try a smaller --batch_size or --image_size ({error})")
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        fail(f"{error.filename or 'the operating system'}: {error.strerror}")
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            fail(f"out of memory; try a smaller --batch_size or --image_size ({str(error).splitlines()[0]})")
+        if world_size() > 1:
             time.sleep(5)  # another rank may have failed, and this one only lost it; torchrun ends both
         raise
     except KeyboardInterrupt:
         if rank() == 0:
-            print("interrupted; the same command goes on (supernet.py: with --resume)", file=sys.stderr)
+            print("interrupted; the same command continues (supernet.py: with --resume)", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(line: str) -> None:
+def fail(line: str) -> NoReturn:
     """Ends the process with one line; a rank waits first, since rank 0 may be saying the same, which ends them all."""
     if rank() > 0:
         time.sleep(5)
     sys.exit(f"error: {line}")
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to reuse large blocks instead of handing them back to the kernel after every layer.
-
-    Getting them back page by page took a quarter of the time of a search on a CPU. Does nothing without glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    if mallopt(mmap_threshold, 2**30):  # refused before glibc 2.35, where the other one alone would make it worse
-        mallopt(trim_threshold, 2**30)
-
-
 # Flags
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
-    """An argparse type: a finite int or float from low to high and greater than `above`."""
+def path(text: str) -> str:
+    """An argparse type: a path, in which ~ stands for the home folder."""
+    return os.path.expanduser(text)
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from low to high, greater than `above` and less than `below`."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not (low <= value <= high and value > above and math.isfinite(value)):
-            limits = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
-            limits += [f"at most {high}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(limits) or 'finite'}")
+        limits = {"at least": low, "at most": high, "above": above, "below": below}
+        if not (low <= value <= high and above < value < below and math.isfinite(value)):
+            allowed = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(['finite'] * (kind is float) + allowed)}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` itself refuses the text
     return parse
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, unless there is none or it is that of a switch."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default to a flag's help, except for switches and where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations, for which --batch-size is --batch_size."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), text) for text in args]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        hint = "; for several processes use torchrun, which passes no such flag" if "--local" in message else ""
-        super().error(message + hint)
+        if "--local" in message:
+            message += "; start several processes with torchrun, which passes no such flag"
+        elif message.startswith("unrecognized") and (flag := re.search("--[^ =]+", message)):
+            near = difflib.get_close_matches(flag[0], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+    def peek(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """What the command line asks for, before the defaults that depend on it are set and --help can show them."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([text for text in argv if text not in ("-h", "--help")])[0]
 
 
-def new_parser(description: str, data_dir: str | None = "./data") -> argparse.ArgumentParser:
-    """A parser with the flags that both scripts have; help shows every default.
-
-    data_dir: its default; None stands for the folder that a checkpoint was trained on.
-    """
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    where = "where the data set lies" + (" or is downloaded to" if data_dir else "; by default where training found it")
-    seeds = number(int, 0, 2**32 - 1)
-    parser.add_argument("--data_dir", default=data_dir, help=where)
-    precisions = "of the forward pass, auto: bf16 where CUDA has it in hardware, else fp32; weights are fp32 always"
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precisions)
-    parser.add_argument("--seed", type=seeds, default=0, help="of paths, order, augmentation and initial weights")
-    parser.add_argument("--device", default="auto", help="auto takes an accelerator if there is one, else cpu")
-    workers = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=number(int, 0), default=workers, help="processes that read images")
-    return parser
-
-
-def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
-    """Only the flags that the command line itself gives, with their values. Spoils the parser's defaults."""
-    absent = object()
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), absent))
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not absent}
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both scripts have."""
+    add = parser.add_argument
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
+    add("--no_cuda_graphs", action="store_true", help="do not replay blocks as CUDA graphs")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
+    add("--device", default="auto", help="auto: an accelerator if there is one, else cpu")
+    add("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that read images")
 
 
 def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
@@ -152,7 +174,7 @@ def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
             raise UserError(f"{what} has {name} {before.get(name)}, this command {value}; {advice}")
 
 
-# Ranks: the processes that torchrun started together; there is one, number 0, without it
+# Ranks: the processes that torchrun started together; without it there is one, rank 0
 
 
 def rank() -> int:
@@ -160,44 +182,44 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The values of all ranks, by rank; every rank must call it."""
-    values = [value] * ranks()
-    if ranks() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def on_first(make: Callable[[], T]) -> T:
+def on_rank_zero(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, the only one that calls it. If it fails there, torchrun ends the others."""
-    return gather(make() if rank() == 0 else None)[0]
+    return all_gather(make() if rank() == 0 else None)[0]
 
 
 @contextmanager
-def first_goes_first() -> Iterator[None]:
-    """Rank 0 is through with the block before the others enter it."""
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 leaves the block before the others enter it."""
     if rank() > 0:
-        gather(None)
+        all_gather(None)
     yield
     if rank() == 0:
-        gather(None)
+        all_gather(None)
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Gives every rank the buffers of rank 0: in training each collects BatchNorm's statistics over its own images."""
-    for buffer in model.buffers() if ranks() > 1 else ():
+    for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)
 
 
@@ -210,7 +232,7 @@ def stream(seed: int, name: str) -> random.Random:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """As `stream`, for tensors; on the CPU, so that every device draws the same."""
+    """Like `stream`, for tensors; on the CPU, so that every device draws the same."""
     return torch.Generator().manual_seed(stream(seed, name).getrandbits(63))
 
 
@@ -221,11 +243,12 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if ranks() > 1 and name != "cpu":
+    if world_size() > 1 and name != "cpu":
         name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
-        if ranks() > 1 and device.type != "cpu":
+        torch.zeros(1, device=device).item()  # fails on the meta device, which computes nothing
+        if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -240,10 +263,8 @@ def pick_precision(name: str, device: torch.device) -> str:
     """The precision of that name; "auto" is bf16 on a CUDA device that has it in hardware, else fp32."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "fp32"
-    with torch.cuda.device(device):
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:
@@ -252,8 +273,11 @@ def memory_format(device: torch.device, precision: str) -> torch.memory_format:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision for "bf16", nothing for "fp32"; bfloat16 has the range of fp32, so no loss is scaled."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Mixed precision for "bf16", nothing for "fp32"; bfloat16 has the range of fp32, so no loss is scaled.
+
+    Without the cache of cast weights: a step uses a weight once, and CUDA graphs cast it by themselves.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def describe_device(device: torch.device) -> str:
@@ -263,54 +287,55 @@ def describe_device(device: torch.device) -> str:
         name += f" ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
         name += f" ({torch.get_num_threads()} threads)"
-    return name if ranks() == 1 else f"{name}, {ranks()} ranks"
+    return name if world_size() == 1 else f"{name}, {world_size()} ranks"
 
 
-def delete_files(folder: Path, names: Sequence[str]) -> None:
-    """Deletes the named files of a folder, and what a kill may have left of one half-written."""
-    for name in names:
-        for path in (folder / name, folder / f"{name}.tmp"):
-            path.unlink(missing_ok=True)
+class Console(logging.StreamHandler):
+    """Standard output; once it is closed or full, the log goes on to its file alone."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not (isinstance(sys.exc_info()[1], OSError) or self.stream.closed):
+            raise
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        if sys.stdout is self.stream:
+            sys.stdout = nowhere
+        self.setStream(nowhere)
 
 
-def make_folder(folder: Path, flag: str) -> None:
-    """Makes a folder to write to; raises UserError, which names the flag that chooses another one, if it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".tmp").touch()
-        (folder / ".tmp").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose another {flag}") from None
+class LogFile(logging.FileHandler):
+    """The end of a log file; what the operating system refuses is not passed over."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 def open_log(path: Path | None) -> None:
-    """Sends the log to standard output and, if there is a path, to the end of that file; rank 0's only."""
+    """Sends the log to standard output and to the end of that file, or keeps it for the file that is opened next.
+
+    Of several ranks only rank 0 logs.
+    """
     if rank() > 0:
         return
     log.setLevel(logging.INFO)
+    kept = [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]
+    file = LogFile(path, encoding="utf-8", errors="backslashreplace") if path else None
     for handler in list(log.handlers):
         log.removeHandler(handler)
+        if handler in kept:
+            handler.setTarget(file)
         handler.close()
-    handlers = [logging.StreamHandler(sys.stdout)]
-    if path:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    log.addHandler(Console(sys.stdout))
+    log.addHandler(file or MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
 
 
-def bar(items: Iterable[T], title: str, total: int) -> Iterable[T]:
-    """The same items, with a bar while they are worked on: on a terminal only, and on rank 0."""
-    return tqdm(items, title, total, leave=False, disable=True if rank() > 0 else None)
+def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+    """The same items, with a progress bar: on a terminal only, and on rank 0."""
+    return tqdm(items, title, total, leave=False, disable=True if rank() > 0 or sys.stderr is None else None)
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 42s, 3m07s, 5h51m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+    """A time for people: 0:05:51."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -323,77 +348,83 @@ def standard_error(accuracy: float, images: int) -> float:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which takes the place of `path` only once it is whole and on the disk."""
+    """A temporary file to write, which takes the place of `path` only once it is whole and on the disk.
+
+    If that fails, nothing of it stays behind. Raises UserError with the path for what the operating system refuses.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def owned_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Makes a folder and holds it against other processes, until the block or this process ends, in whatever way.
+
+    Raises UserError, which names the flag that chooses another folder, if it cannot be made, written to or held. Only
+    rank 0 writes, so the other ranks hold nothing.
+    """
+    if rank() > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another {flag}") from None
+    with lock:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
+        except OSError:
+            raise UserError(f"another process is at work in {folder}; wait for it, or choose another {flag}") from None
+        yield
+
+
+def delete_files(folder: Path, names: Sequence[str]) -> None:
+    """Deletes the named files of a folder, and what a kill may have left of one half-written."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file for people and programs; a number that is not finite becomes null."""
+    """Writes a JSON file for people and programs."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file; raises UserError if it is not one."""
+    """The content of a JSON file; raises UserError if it is not an object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
-    """Writes a whole table; None becomes an empty cell."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def append_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
-    """Adds rows to a table in one write; a kill can only cut off the last line."""
-    text = io.StringIO()
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def recover_csv(path: Path, columns: dict[str, type]) -> list[dict]:
-    """The rows of a table that append_csv extends; a last line that a kill cut off is dropped, from the file as well.
-
-    Makes an empty table if there is none. Raises UserError if the file is another one, or a line is no row of it.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else ",".join(columns) + "\n"
-    reader = csv.DictReader(text.rpartition("\n")[0].splitlines())
-    if reader.fieldnames != list(columns):
-        raise UserError(f"{path} does not begin with the line {','.join(columns)}; move or delete it")
-    rows = []
-    for line, row in enumerate(reader, start=2):
-        try:
-            rows.append({name: kind(row[name]) for name, kind in columns.items()})
-        except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}, is not a row of that table; mend or delete the line") from None
-    write_csv(path, rows, list(columns))
-    return rows
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes plain data and tensors; a kill at any moment leaves either the old file or the new one."""
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            raise UserError(f"cannot write {path}; is the disk full? ({str(error).splitlines()[0]})") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -414,7 +445,8 @@ def load_checkpoint(path: Path) -> dict:
     if not all(isinstance(found.get(name), kind) for name, kind in expected.items()):
         holds = sorted(map(str, found))[:5] or type(content).__name__
         raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {holds}, not {list(expected)}")
-    consume_prefix_in_state_dict_if_present(content["model"], "module.")  # of a wrapper for several GPUs
+    for prefix in ("module.", "_orig_mod."):  # of wrappers for several GPUs and of torch.compile
+        consume_prefix_in_state_dict_if_present(content["model"], prefix)
     return content | {"sha256": hashlib.sha256(file).hexdigest()}
 
 
@@ -429,9 +461,28 @@ def load_supernet(path: Path) -> dict:
 def newest_supernet(runs: Path) -> Path:
     """The newest supernet's checkpoint below a folder of runs; says what it passed over, raises UserError for none."""
     for path in sorted(runs.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if load_checkpoint(path)["args"]["choice"] is None:
+        try:
+            load_supernet(path)
             return path
-        print(f"passing over {path}, which is newer: it holds a single architecture")
+        except UserError as error:
+            print(f"skipping a newer checkpoint: {error}")
     raise UserError(
         f"no supernet in {runs}/*/last.pth; train one with `python supernet.py`, or name one with --ckpt PATH"
     )
+
+
+# Memory
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse large blocks instead of handing them back to the kernel after every layer.
+
+    Getting them back page by page took a quarter of the time of a search on a CPU. Does nothing without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    if mallopt(mmap_threshold, 2**30):  # refused before glibc 2.35, where the other one alone would make it worse
+        mallopt(trim_threshold, 2**30)

@@ -1,13 +1,16 @@
 """Where images come from and how they are split: training, the search split held out of it, and test."""
 
+import hashlib
 import os
 import random
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,14 +20,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as transform
 
-from utils import UserError, bar, first_goes_first, log, refuse_changes
+from utils import UserError, log, progress, rank_zero_first, refuse_changes
 
 # The largest images that are decoded once and kept on the device, and how much room they may take there.
 RESIDENT_PIXELS, RESIDENT_BYTES = 64, 8 * 2**30
+EARLIER = {"held_out": [], "trained_on": None}  # metadata of before the files were recorded
+THIN = 16  # an image longer than so many times its width is cut
 DECODED = 64  # images that a worker decodes and hands over at once
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224, "folder": 32, "digits": 16}
@@ -69,27 +74,32 @@ class Dataset:
     train: Split
     search: Split
     test: Split
+    held_out: list[str] = field(default_factory=list)  # files of the search split, for image folders
+    trained_on: str | None = None  # SHA-256 of the names of the training files, in order
 
     @property
     def flip(self) -> bool:
         """Whether a mirrored image is still one of its class."""
         return self.name != "digits"
 
-    def facts(self) -> dict:
-        """What a checkpoint keeps of it, as plain data: all that is needed to use the network on new images."""
-        names = "name", "image_size", "classes", "mean", "std"
+    def metadata(self) -> dict:
+        """What a checkpoint keeps of it, as plain data: how to use the network on new images, and what was held out."""
+        names = "name", "image_size", "classes", "mean", "std", "held_out", "trained_on"
         return {name: getattr(self, name) for name in names} | {"images": [len(self.train), len(self.search)]}
 
-    def adopt(self, facts: dict, checkpoint: str) -> None:
-        """Takes over mean and std from a checkpoint's facts; raises UserError if it was trained on other data."""
+    def adopt(self, metadata: dict, checkpoint: str) -> None:
+        """Takes over mean and std from a checkpoint's metadata; raises UserError if it was trained on other data."""
 
-        def compared(facts: dict) -> dict:
-            numbered = {f"class {i}": name for i, name in enumerate(facts["classes"])}
-            return {name: facts[name] for name in ("name", "image_size", "images")} | numbered
+        def compared(metadata: dict) -> dict:
+            numbered = {f"class {i}": name for i, name in enumerate(metadata["classes"])}
+            held_out = {f"held-out image {i}": name for i, name in enumerate(metadata.get("held_out", []))}
+            same = {name: metadata[name] for name in ("name", "image_size", "images")} | numbered | held_out
+            return same | {"training images with digest": metadata.get("trained_on")}
 
+        ours = compared(self.metadata() if "trained_on" in metadata else self.metadata() | EARLIER)
         advice = "point --data_dir to the data that it was trained on"
-        refuse_changes(compared(facts), compared(self.facts()), f"the data of {checkpoint}", advice)
-        self.mean, self.std = facts["mean"], facts["std"]
+        refuse_changes(compared(metadata), ours, f"the data of {checkpoint}", advice)
+        self.mean, self.std = metadata["mean"], metadata["std"]
 
 
 def load_dataset(name: str, data_dir: str, image_size: int, workers: int = 0) -> Dataset:
@@ -107,7 +117,8 @@ def calibration_images(dataset: Dataset, count: int, batch: int) -> Split | None
     if count > batch:
         count -= count % batch
     if count != asked:
-        log.info(f"calibrating on {count} images, not {asked}: whole batches of {batch}, training images only")
+        why = f"whole batches of {batch}" if count > batch else "there are no more training images"
+        log.info(f"calibrating on {count} images, not {asked}: {why}")
     chosen = random.Random("calibration").sample(range(len(dataset.train)), count)
     return dataset.train.subset(chosen) if count else None
 
@@ -121,14 +132,23 @@ def _hold_out(split: Split, per_class: Sequence[int], name: str = "search") -> t
     return split.subset([i for i in range(len(split)) if i not in held]), split.subset(sorted(held))
 
 
+class WholeCIFAR10(CIFAR10):
+    """torchvision's data set, which fetches a damaged file of class names again as well."""
+
+    def _check_integrity(self) -> bool:
+        names = Path(self.root, self.base_folder, self.meta["filename"])
+        return super()._check_integrity() and check_integrity(str(names), self.meta["md5"])
+
+
 def _cifar10(root: Path) -> Dataset:
     """45,000 / 5,000 / 10,000 images; downloaded if neither the archive nor the unpacked folder is there."""
+    root = root.parent if root.name == CIFAR10.base_folder else root  # the unpacked folder itself was given
     archive = root / CIFAR10.filename
     had_archive = archive.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with first_goes_first():
-            train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
+        with rank_zero_first():
+            train, test = (WholeCIFAR10(str(root), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         folder = root / CIFAR10.base_folder
         parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
@@ -155,6 +175,7 @@ def _digits(image_size: int) -> Dataset:
     """1,197 / 300 / 300 images of the UCI handwritten digits, 8x8 with values from 0 to 16, enlarged."""
     with np.load(Path(__file__).with_name("digits.npz")) as arrays:
         images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    _check_room(len(images), image_size)
     images = F.interpolate(images[:, None].float() * (255 / 16), size=image_size, mode="bilinear", antialias=True)
     whole = Split(images.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), labels.long())
     rest, test = _hold_out(whole, [30] * 10, "test")
@@ -165,12 +186,12 @@ def _digits(image_size: int) -> Dataset:
 def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
     """train/<class>/ and val/<class>/ or test/<class>/; the search split comes out of train unless it has its own."""
     names = _class_folders(root / "train")
+    if len(names) < 2:
+        raise UserError(f"{root / 'train'} has one class only ({names[0]}); it needs a folder for each of two or more")
     whole = _scan(root / "train", names)
     counts = torch.bincount(whole.labels, minlength=len(names)).tolist()
     if few := [name for name, count in zip(names, counts, strict=True) if count < 2]:
         raise UserError(f"{root / 'train' / few[0]} holds fewer than 2 images, so none could be held out of training")
-    if len(names) < 2:
-        raise UserError(f"{root / 'train'} has one class only ({names[0]}); it needs a folder for each of two or more")
     has_test = name == "folder" and (root / "test").is_dir()
     test = _scan(root / ("test" if has_test else "val"), names)
     if has_test and (root / "val").is_dir():
@@ -178,6 +199,7 @@ def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
     else:
         most = 50 if name == "imagenet" else len(whole)  # 50 a class are the paper's 50,000 validation images
         train, search = _hold_out(whole, [min(most, max(1, count // 10)) for count in counts])
+    trained_on, held_out = ([_portable(os.path.relpath(file, root)) for file in s.images] for s in (train, search))
     if image_size <= RESIDENT_PIXELS:
         _check_room(len(train) + len(search) + len(test), image_size)
         train, search, test = (Split(decode(s.images, image_size, workers), s.labels) for s in (train, search, test))
@@ -186,52 +208,89 @@ def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
     else:
         sample = train.images if isinstance(train.images, Tensor) else _sample(train.images, image_size, workers)
         norm = channel_statistics(sample)
-    return Dataset(name, image_size, names, *norm, train, search, test)
+    digest = hashlib.sha256("\n".join(trained_on).encode("utf-8", "surrogateescape")).hexdigest()
+    classes = [_portable(name) for name in names]
+    return Dataset(name, image_size, classes, *norm, train, search, test, held_out, digest)
 
 
 def _class_folders(folder: Path) -> list[str]:
     """Sorted names of the class folders; hidden ones and those of tools (__MACOSX) are passed over."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    passed = [name for name in names if name.startswith((".", "__"))]
-    if passed:
+    names = sorted((entry.name for entry in os.scandir(folder) if entry.is_dir()), key=os.fsencode)
+    if passed := [name for name in names if name.startswith((".", "__"))]:
         log.info(f"passed over in {folder}: {', '.join(passed)}")
-    names = [name for name in names if name not in passed]
-    if not names:
+    if len(passed) == len(names):
         raise UserError(f"{folder} has no class folders; it needs one folder per class with that class's images")
-    return names
+    return [name for name in names if name not in passed]
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts) or any(part.startswith("__") for part in path.parts[:-1])
+def _portable(name: str) -> str:
+    """A file's name as UTF-8, whatever the locale of this process is."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _scan(folder: Path, classes: list[str]) -> Split:
-    """The image files below a folder, with the class numbers of the training folder."""
+    """The image files below a folder, with the class numbers of the training folder.
+
+    Links to folders are followed, each folder is read once. What else lies there is counted and named.
+    """
     found = _class_folders(folder)
     if unknown := [name for name in found if name not in classes]:
         raise UserError(f"{folder / unknown[0]} is a class that the training folder does not have")
-    numbers = {name: i for i, name in enumerate(classes)}
-    files = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    files = [(path, label) for path, label in files if not _hidden(Path(path).relative_to(folder))]
+    files, labels, passed, seen = [], [], Counter(), set()
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+
+    for name in found:
+        entries = []
+        for place, inside, names in os.walk(folder / name, followlinks=True, onerror=refuse):
+            if (real := os.path.realpath(place)) in seen:
+                passed["links to folders that are read already"] += 1
+                inside.clear()
+                continue
+            seen.add(real)
+            hidden = [entry for entry in inside if entry.startswith((".", "__"))]
+            passed["hidden folders"] += len(hidden)
+            inside[:] = [entry for entry in inside if entry not in hidden]
+            for file in names:
+                kind = os.path.splitext(file)[1].lower()
+                if file.startswith(".") or kind not in IMG_EXTENSIONS:
+                    passed["hidden files" if file.startswith(".") else f"{kind or 'other'} files"] += 1
+                else:
+                    entries.append((place, file))
+        entries.sort(key=lambda entry: tuple(map(os.fsencode, entry)))
+        files += [os.path.join(*entry) for entry in entries]
+        labels += [classes.index(name)] * len(entries)
+    passed = [f"{count} {what}" for what, count in sorted(passed.items()) if count]
+    if passed:
+        log.info(f"passed over in {folder}: {', '.join(passed)}")
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    labels = torch.tensor([label for _, label in files])
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    counts = torch.bincount(torch.tensor(labels), minlength=len(classes)).tolist()
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         log.info(f"no images in {folder} of {len(empty)} classes: {', '.join(empty[:5])}")
-    return Split([path for path, _ in files], labels)
+    return Split(files, torch.tensor(labels))
 
 
 def read_image(path: str) -> Image.Image:
     """An image file as RGB, whatever its mode; an EXIF orientation is not applied, as in torchvision.
 
-    Raises UserError with the path if the file is damaged or no image.
+    16-bit values are scaled to 8 bits. Of an image more than THIN times as long as wide, the middle is taken, for to
+    enlarge its shorter side would take gigabytes. Raises UserError with the path if the file is damaged or no image.
     """
     warnings.filterwarnings("ignore", module="PIL")  # of EXIF, which is not used, in many of ImageNet's files
     try:
-        return default_loader(path)
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of an unknown range")
+            longest = THIN * min(image.size)
+            if max(image.size) > longest:
+                image = transform.center_crop(image, [min(side, longest) for side in image.size[::-1]])
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); mend or remove it") from None
 
@@ -242,7 +301,7 @@ def decode(files: list[str], image_size: int, workers: int) -> Tensor:
     images = torch.empty((len(files), image_size, image_size, 3), dtype=torch.uint8)
     places = torch.arange(len(files)).split(DECODED)
     parts = read_in_workers(_Decoded(files, image_size), places, workers if len(places) > 1 else 0)
-    for place, part in zip(places, bar(parts, "reading images", len(places)), strict=True):
+    for place, part in zip(places, progress(parts, "reading images", len(places)), strict=True):
         images[place] = part
     return images.permute(0, 3, 1, 2)
 
@@ -278,10 +337,14 @@ def read_in_workers(
         yield from loader
     except UserError as error:  # its traceback would keep the dying workers waited for, 5 seconds each
         raise error.with_traceback(None) from None
-    except RuntimeError as error:
-        if "shared memory" not in str(error) and "shm" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if "shared memory" in str(error) or "shm" in str(error):
+            raise UserError("too little shared memory for the workers: use --workers 0, or enlarge /dev/shm") from None
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise UserError("too little shared memory for the workers: use --workers 0, or enlarge /dev/shm") from None
+        raise UserError(
+            "a worker that reads images was killed, probably for lack of memory; use fewer --workers"
+        ) from None
 
 
 def evaluation_resize(image_size: int) -> int:
@@ -311,6 +374,6 @@ def _check_room(count: int, image_size: int) -> None:
     size = count * 3 * image_size**2
     if size > RESIDENT_BYTES:
         raise UserError(
-            f"{count} images of {image_size} px take {size / 2**30:.1f} GiB; up to {RESIDENT_PIXELS} px all are kept "
-            f"in memory, {RESIDENT_BYTES / 2**30:.0f} GiB at most; with a larger --image_size they are read as needed"
+            f"{count} images of {image_size} px take {size / 2**30:.1f} GiB, and {RESIDENT_BYTES / 2**30:.0f} GiB at "
+            f"most are kept in memory; of --dataset folder, images above {RESIDENT_PIXELS} px are read as needed"
         )

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data.augment import crop_and_flip, cutout, normalise, streamed_transform
 from data.datasets import Dataset, Split, read_image, read_in_workers
-from utils import generator, memory_format, rank, ranks
+from utils import generator, memory_format, rank, world_size
 
 Batch = tuple[Tensor, Tensor]
 
@@ -48,7 +48,7 @@ class Batches:
 
     def share(self) -> Iterator[tuple[int, Batch]]:
         """The numbers of this rank's batches and the batches; together the ranks have each one once."""
-        return zip(range(rank(), len(self), ranks()), self._in_order(rank(), ranks()), strict=True)
+        return zip(range(rank(), len(self), world_size()), self._in_order(rank(), world_size()), strict=True)
 
     def _in_order(self, first: int, step: int) -> Iterator[Batch]:
         # As equal as can be: statistics of a last batch of few images would be worth little.
@@ -59,6 +59,11 @@ class Batches:
                 yield self._plain(images), self.labels[indices[0] : indices[-1] + 1]
         else:
             yield from self._streamed(batches, streamed_transform(self.dataset.image_size, train=False))
+
+    def blank(self, count: int) -> Tensor:
+        """A batch of zeros that lies on the device as the real ones do."""
+        side = self.dataset.image_size
+        return torch.zeros(count, 3, side, side, device=self.device).contiguous(memory_format=self.memory_format)
 
     def steps(self) -> int:
         """Batches of a training epoch: the last one is dropped if it is incomplete, unless it is the only one."""
@@ -72,7 +77,7 @@ class Batches:
         rng = generator(seed, f"images {epoch}")
         order = torch.randperm(len(self.labels), generator=rng)
         places = torch.arange(len(order)).split(self.batch_size)[: self.steps()]
-        places = [batch[rank() :: ranks()] for batch in places]
+        places = [batch[rank() :: world_size()] for batch in places]
         if self.files is None:
             yield from self._augmented(order, places, rng, cutout_length)
         else:

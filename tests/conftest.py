@@ -5,9 +5,13 @@ import io
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +22,18 @@ from torchvision.datasets import CIFAR10
 
 import random_search
 import supernet
+from data.records import read_rows
 
 # Here and in the processes that tests start: batches are so small that a second thread only waits, on a busy machine 10
 # to 100 times as long, and rounding, which hardly trained networks magnify, must be the same everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A suite that runs in the background ignores Ctrl-C, and so would the processes that it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--image_size", "8", "--batch_size", "128"]
+TIMEOUT = 600  # seconds; a process that takes that long hangs, however busy the machine is
 
 
 class Run(NamedTuple):
@@ -54,6 +62,25 @@ def search(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr(random_search, "GROUP", 5)
         random_search.main(flags)
     return Run(folder, flags)
+
+
+def start(*command: object, **environment: str) -> subprocess.Popen:
+    """Starts Python with these arguments in the repository's folder."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_same_record(ours: Path, theirs: Path) -> None:
+    """Two searches scored the same; in a group of another size a loss may be rounded otherwise."""
+    for row, other in zip(*(read_rows(folder / "paths.csv") for folder in (ours, theirs)), strict=True):
+        assert (row.loss, row.half_loss) == pytest.approx((other.loss, other.half_loss), rel=1e-5)
+        assert replace(row, loss=0, half_loss=0) == replace(other, loss=0, half_loss=0)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

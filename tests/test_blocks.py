@@ -1,36 +1,38 @@
 """blocks.py: the two autograd functions against plain PyTorch, and the four candidates against their definition."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, BatchNorm, Block, DepthwiseConv, DepthwiseFunction, ShuffleSplit
+from blocks import CANDIDATES, BatchNorm, DepthwiseConv, DepthwiseFunction, ShuffleSplit, capture_blocks, release_blocks
+from model import Supernet
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = {"stride1": (64, 64, 1), "widening": (16, 64, 1), "stride2": (16, 64, 2)}
-MAPS = [(8, 8), (7, 7), (5, 9), (6, 3), (2, 1), (1, 1)]
+KERNELS = {"shuffle3": [1, 3, 1], "shuffle5": [1, 5, 1], "shuffle7": [1, 7, 1], "xception": [3, 1, 3, 1, 3, 1]}
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
-each_candidate = pytest.mark.parametrize("name", ["shuffle3", "shuffle5", "shuffle7", "xception"])
+each_candidate = pytest.mark.parametrize("name", KERNELS)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-each_geometry = pytest.mark.parametrize(
-    ("kernel", "stride", "size"), [(kernel, stride, size) for kernel in (3, 5, 7) for stride in (1, 2) for size in MAPS]
-)
+each_kernel = pytest.mark.parametrize("kernel", [3, 5, 7])
+each_stride = pytest.mark.parametrize("stride", [1, 2])
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
-def build(shape: tuple[int, int, int], name: str, affine: bool = False) -> Block:
+def build(shape: tuple[int, int, int], name: str) -> nn.Module:
     """A candidate with weights that keep the signal's size, in the order (in, out, stride) of `shape`."""
     torch.manual_seed(0)
-    return Block(*shape, affine, **CANDIDATES[name])
+    return CANDIDATES[name](*shape, False)
 
 
 def by_hand(chain: nn.Sequential, x: Tensor, stride: int) -> Tensor:
-    """A chain as design.md section 3 words it: BN after every convolution, ReLU after the 1x1 ones only."""
+    """A chain as the paper's code has it: BN after every convolution, ReLU after the 1x1 ones only."""
     for weight in (parameter for parameter in chain.parameters() if parameter.ndim == 4):
         if weight.shape[-1] == 1:
             x = F.relu(F.batch_norm(F.conv2d(x, weight), None, None, training=True))
@@ -41,54 +43,46 @@ def by_hand(chain: nn.Sequential, x: Tensor, stride: int) -> Tensor:
 
 
 @each_layout
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize("size", [(2, 8, 5, 5), (1, 2, 1, 1), (3, 6, 4, 1)])
-def test_shuffle_split_equals_two_slices(size: tuple[int, ...], layout: torch.memory_format) -> None:
-    ours = noise(*size).contiguous(memory_format=layout).requires_grad_()
-    plain = ours.detach().clone().requires_grad_()
-    halves, slices = ShuffleSplit.apply(ours), (plain[:, 0::2], plain[:, 1::2])
-    weights = [noise(*part.shape) + i for i, part in enumerate(slices)]
-    for half, part in zip(halves, slices, strict=True):
-        assert torch.equal(half, part)
-    for parts in (halves, slices):
-        sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True)).backward()
-    assert torch.equal(ours.grad, plain.grad)
+def test_shuffle_split_and_its_gradient_equal_two_slices(
+    size: tuple[int, ...], used: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    """Also where the network uses only one half; the gradient lies in memory as the input does."""
+    x, gradients = noise(*size).contiguous(memory_format=layout).requires_grad_(), []
+    ours, slices = ShuffleSplit.apply(x), (x[:, 0::2], x[:, 1::2])
+    for parts in (ours, slices):
+        loss = sum((parts[i] * (noise(*parts[i].shape) + i)).sum() for i in used)
+        gradients += torch.autograd.grad(loss, x)
+    assert all(torch.equal(half, part) for half, part in zip(ours, slices, strict=True))
+    assert torch.equal(*gradients) and gradients[0].stride() == x.stride()
 
 
 @each_layout
-def test_shuffle_split_gradient_has_the_inputs_layout(layout: torch.memory_format) -> None:
-    x = noise(2, 8, 5, 5).contiguous(memory_format=layout).requires_grad_()
-    even, odd = ShuffleSplit.apply(x)
-    (grad,) = torch.autograd.grad(even.sum() + 2 * odd.sum(), x)
-    assert grad.stride() == x.stride() and grad.is_contiguous(memory_format=layout)
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_shuffle_split_gradient_of_an_unused_half_is_zero(half: int) -> None:
-    x = noise(2, 6, 3, 3).requires_grad_()
-    (grad,) = torch.autograd.grad(ShuffleSplit.apply(x)[half].sum(), x)
-    expected = torch.zeros_like(x)
-    expected[:, half::2] = 1
-    assert torch.equal(grad, expected)
-
-
-@each_geometry
-@pytest.mark.parametrize("through", ["function", "module"])
-def test_depthwise_equals_conv2d(through: str, kernel: int, stride: int, size: tuple[int, int]) -> None:
-    channels = 6
-    conv = DepthwiseConv(channels, kernel, stride).double()
-    ours = [noise(2, channels, *size, dtype=torch.float64).requires_grad_(), conv.weight]
-    plain = [tensor.detach().clone().requires_grad_() for tensor in ours]
-    out = conv(ours[0]) if through == "module" else DepthwiseFunction.apply(*ours, stride)
-    expected = F.conv2d(*plain, stride=stride, padding=kernel // 2, groups=channels)
-    torch.testing.assert_close(out, expected)
+@each_kernel
+@each_stride
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 9), (6, 3), (2, 1), (1, 1)])
+def test_depthwise_and_its_gradients_equal_conv2ds(
+    size: tuple[int, int], stride: int, kernel: int, layout: torch.memory_format
+) -> None:
+    """Through the module and the function, without gradients, and with the weight's gradient alone."""
+    conv = DepthwiseConv(6, kernel, stride).double()
+    x = noise(2, 6, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    variables = [x.detach().requires_grad_(), conv.weight]
+    expected = F.conv2d(*variables, stride=stride, padding=kernel // 2, groups=6)
     upstream = noise(*expected.shape, dtype=torch.float64)
-    gradients = torch.autograd.grad(out, ours, upstream)
-    for gradient, reference in zip(gradients, torch.autograd.grad(expected, plain, upstream), strict=True):
-        torch.testing.assert_close(gradient, reference)
+    references = torch.autograd.grad(expected, variables, upstream)
+    for out in (conv(variables[0]), DepthwiseFunction.apply(*variables, stride)):
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out, variables, upstream), references)
+    alone = torch.autograd.grad(DepthwiseFunction.apply(x, conv.weight, stride), conv.weight, upstream)
+    torch.testing.assert_close(alone, references[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@each_stride
+@each_kernel
 def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(kernel: int, stride: int) -> None:
     conv, x = DepthwiseConv(6, kernel, stride), noise(4, 6, 9, 9).requires_grad_()
     expected = F.conv2d(x, conv.weight, stride=stride, padding=kernel // 2, groups=6)
@@ -102,26 +96,6 @@ def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(kernel
     ):
         assert gradient.dtype == torch.float32
         assert (gradient - reference).norm() < 0.01 * reference.norm()
-
-
-@each_layout
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_depthwise_weight_gradient_needs_no_input_gradient(kernel: int, layout: torch.memory_format) -> None:
-    x = noise(2, 6, 7, 5, dtype=torch.float64).contiguous(memory_format=layout)
-    weight = noise(6, 1, kernel, kernel, dtype=torch.float64).requires_grad_()
-    DepthwiseFunction.apply(x, weight, 2).square().sum().backward()
-    plain = weight.detach().clone().requires_grad_()
-    F.conv2d(x, plain, stride=2, padding=kernel // 2, groups=6).square().sum().backward()
-    assert x.grad is None
-    torch.testing.assert_close(weight.grad, plain.grad)
-
-
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_depthwise_is_the_same_without_gradients(kernel: int) -> None:
-    conv, x = DepthwiseConv(6, kernel, 1), noise(2, 6, 7, 7)
-    expected = F.conv2d(x, conv.weight, padding=kernel // 2, groups=6)
-    with torch.no_grad():
-        torch.testing.assert_close(conv(x), expected)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -142,57 +116,32 @@ def test_batchnorm_is_torchs_but_for_the_count(affine: bool, momentum: float | N
 
 @each_candidate
 @each_shape
-def test_a_block_is_what_the_design_says(name: str, shape: tuple[int, int, int]) -> None:
-    channels, _, stride = shape
-    block, x = build(shape, name).double(), noise(4, channels, 9, 9, dtype=torch.float64)
+@pytest.mark.parametrize("size", [(9, 9), (8, 8), (7, 5), (1, 1)])
+def test_a_block_computes_what_the_paper_says(name: str, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+    channels, out, stride = shape
+    block, x = build(shape, name).double(), noise(4, channels, *size, dtype=torch.float64)
     if stride == 1:
         kept, main = x[:, 0::2], x[:, 1::2]
     else:
         kept, main = by_hand(block.projection, x, 2), x
-    torch.testing.assert_close(block(x), torch.cat((kept, by_hand(block.main, main, stride)), 1))
-
-
-@each_shape
-@pytest.mark.parametrize(
-    ("name", "depthwise", "pointwise"),
-    [("shuffle3", [3], 2), ("shuffle5", [5], 2), ("shuffle7", [7], 2), ("xception", [3, 3, 3], 3)],
-)
-def test_the_main_branch_has_the_kernels_and_widths_of_its_candidate(
-    name: str, depthwise: list[int], pointwise: int, shape: tuple[int, int, int]
-) -> None:
-    channels, out, stride = shape
-    branch = channels if stride == 2 else channels // 2
-    convs = [module for module in build(shape, name).main if isinstance(module, nn.Conv2d)]
-    assert [conv.kernel_size[0] for conv in convs if conv.groups > 1] == depthwise
-    widths = [(conv.in_channels, conv.out_channels) for conv in convs if conv.groups == 1]
-    assert len(widths) == pointwise
-    assert widths[0] == (branch, out // 2) and widths[-1] == (out // 2, out - branch)
-    assert set(widths[1:-1]) <= {(out // 2, out // 2)}
-
-
-@each_candidate
-def test_the_projection_has_the_kernel_of_its_candidate(name: str) -> None:
-    """3x3 in the xception block."""
-    kernels = [conv.kernel_size for conv in build(SHAPES["stride2"], name).projection if isinstance(conv, nn.Conv2d)]
-    side = {"shuffle5": 5, "shuffle7": 7}.get(name, 3)
-    assert kernels == [(side, side), (1, 1)]
+    computed = block(x)
+    assert computed.shape == (4, out, *(len(range(0, side, stride)) for side in size))
+    torch.testing.assert_close(computed, torch.cat((kept, by_hand(block.main, main, stride)), 1))
 
 
 @each_candidate
 @each_shape
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)])
-def test_a_block_widens_and_halves_as_asked(name: str, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+def test_a_block_has_the_kernels_and_widths_of_its_candidate(name: str, shape: tuple[int, int, int]) -> None:
+    """The projection's depthwise kernel is the candidate's: 3x3 in the xception block."""
     channels, out, stride = shape
-    height, width = (len(range(0, side, stride)) for side in size)
-    assert build(shape, name)(noise(3, channels, *size)).shape == (3, out, height, width)
-
-
-@each_candidate
-@pytest.mark.parametrize("shape", [SHAPES["stride1"], SHAPES["widening"]], ids=["stride1", "widening"])
-def test_even_channels_pass_unchanged_at_stride_1(name: str, shape: tuple[int, int, int]) -> None:
-    x = noise(2, shape[0], 6, 6)
-    out = build(shape, name)(x)
-    assert torch.equal(out[:, : shape[0] // 2], x[:, 0::2])
+    branch, half = channels if stride == 2 else channels // 2, out // 2
+    main = [(module.weight, module.groups) for module in build(shape, name).main if isinstance(module, nn.Conv2d)]
+    assert [weight.shape[-1] for weight, _ in main] == KERNELS[name]
+    widths = [weight.shape[:2] for weight, groups in main if groups == 1]
+    assert widths == [(half, branch), *[(half, half)] * (KERNELS[name].count(1) - 2), (out - branch, half)]
+    if stride == 2:
+        projection = [module for module in build(shape, name).projection if isinstance(module, nn.Conv2d)]
+        assert [conv.kernel_size[0] for conv in projection] == [max(KERNELS[name]), 1]
 
 
 @each_candidate
@@ -212,20 +161,19 @@ def test_channels_last_computes_what_contiguous_does(name: str, shape: tuple[int
         assert (channels_last - contiguous).norm() <= 1e-4 * contiguous.norm()
 
 
-@each_candidate
-@each_shape
-@pytest.mark.parametrize("affine", [False, True])
-def test_no_convolution_has_a_bias_and_batchnorm_scales_only_if_asked(
-    name: str, shape: tuple[int, int, int], affine: bool
-) -> None:
-    modules = list(build(shape, name, affine).modules())
-    convs = [module for module in modules if isinstance(module, nn.Conv2d)]
-    norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
-    assert all(conv.bias is None for conv in convs) and len(norms) == len(convs)
-    for norm in norms:
-        assert [parameter is not None for parameter in (norm.weight, norm.bias)] == [affine, affine]
-
-
 def test_the_candidates_come_in_the_order_of_their_numbers() -> None:
     """A choice's numbers and a checkpoint's keys mean these."""
-    assert list(CANDIDATES) == ["shuffle3", "shuffle5", "shuffle7", "xception"]
+    assert list(CANDIDATES) == list(KERNELS)
+
+
+def test_cuda_graphs_are_not_used_on_a_cpu_and_nothing_changes() -> None:
+    model, x = Supernet(10, 32).eval(), noise(2, 3, 8, 8)
+    before, logits = copy.deepcopy(model.state_dict()), model(x, (0,) * 20)
+    line = capture_blocks(model, x, 10**9)
+    assert line.startswith("not used: ") and "cpu" in line
+    for _ in range(2):
+        assert not any(module.training or "forward" in vars(module) for module in model.modules())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(model(x, (0,) * 20), logits)
+        release_blocks(model)

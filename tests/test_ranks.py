@@ -1,11 +1,9 @@
 """Several ranks under torchrun, on CPUs: the same as one process, or an error that ends them all."""
 
-import csv
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,29 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from on_ranks import EVALUATION_BATCH
 
 import data.loaders
 import random_search
 import supernet
-from conftest import ROOT, TINY, Cifar, Run, noise
+from conftest import ROOT, TIMEOUT, TINY, Cifar, Run, assert_same_record, noise, start
 from data.datasets import Dataset, Split, load_dataset
 from data.loaders import Batches
-from model import Supernet
-from utils import load_checkpoint, stream
+from model import SearchSpace, Supernet
+from utils import load_checkpoint, read_json, stream
 
 CPU = torch.device("cpu")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def torchrun(*command: object, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*TORCHRUN, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +36,7 @@ def trained(tiny_cifar: Cifar, tmp_path_factory: pytest.TempPathFactory) -> Simp
     tiny_cifar.install(folder, archive=True, folder=False)
     flags = ["--data_dir", folder, "--out_dir", folder, "--exp_name", "two", "--epochs", "1", "--batch_size", "60"]
     process = torchrun(ROOT / "tests/on_ranks.py", *flags, LEFT=str(folder), CIFAR10=json.dumps(tiny_cifar.attributes))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     left = [torch.load(folder / f"{rank}.pth") for rank in range(2)]
     return SimpleNamespace(folder=folder, flags=list(map(str, flags)), out=out, left=left)
@@ -55,13 +46,13 @@ def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(train
     """pytorch/pytorch#90171, pytorch/pytorch#69031: one path a step; BatchNorm is that of each half."""
     args, _ = supernet.parse_args(trained.flags)
     dataset = load_dataset("cifar10", args.data_dir, 32)
-    model = supernet.build_model(dataset, args, CPU)
+    model = supernet.build_model(dataset, args, None)
     begun = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer, rng, idle = supernet.build_optimizer(model, args), stream(0, "train 0"), dict(model.named_parameters())
     for step, (x, y) in enumerate(Batches(dataset, dataset.train, 60, CPU).epoch(0, 0)):
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - step / 3)
-        choice, gradients = model.sample_choice(rng), []
+        choice, gradients = SearchSpace(model).sample(rng), []
         for half in range(2):
             model.zero_grad()
             F.cross_entropy(model(x[half::2], choice), y[half::2]).backward()
@@ -94,26 +85,27 @@ def test_one_rank_writes_a_checkpoint_that_any_number_of_ranks_loads(trained, ci
     assert load_checkpoint(path)["epoch"] == 2
 
 
-def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar) -> None:
-    checkpoint = load_checkpoint(trained.folder / "two/last.pth")
-    dataset = load_dataset("cifar10", str(trained.folder), 32)
-    model = Supernet(10, 32)
+def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar, monkeypatch) -> None:
+    monkeypatch.setattr(supernet, "EVALUATION_BATCH", EVALUATION_BATCH)
+    row = load_checkpoint(trained.folder / "two/last.pth")["metrics"][0]
+    dataset, model = load_dataset("cifar10", str(trained.folder), 32), Supernet(10, 32)
     model.load_state_dict(trained.left[0]["weights"])
     batches = supernet.load_batches(dataset, supernet.parse_args(trained.flags)[0], CPU)["search"]
-    alone = supernet.evaluate(model, batches, supernet.random_paths(model, batches, 0), own_statistics=True)
-    row = checkpoint["metrics"][0]
-    assert (row["val_acc"], row["val_loss"]) == (alone["top1"], pytest.approx(alone["loss"], abs=1e-5))
+    paths = supernet.fixed_paths(SearchSpace(model), batches, 0)
+    alone = supernet.evaluate(model, batches, paths, own_statistics=True)
+    assert len(paths) > 2 and row["val_acc"] == pytest.approx(alone["top1"])
+    assert row["val_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 @pytest.fixture
 def batches_of(monkeypatch: pytest.MonkeyPatch):
-    """Batches of 7 of 47 images, as rank r of n sees them."""
+    """47 images in batches of 6, as rank r of n sees them."""
     split = Split(torch.from_numpy(noise(47, 3, 8, 8)), torch.arange(47))
     dataset = Dataset("cifar10", 8, [str(i) for i in range(47)], (0.5,) * 3, (0.2,) * 3, split, split, split)
 
     def seen(rank: int, ranks: int) -> Batches:
         monkeypatch.setattr(data.loaders, "rank", lambda: rank)
-        monkeypatch.setattr(data.loaders, "ranks", lambda: ranks)
+        monkeypatch.setattr(data.loaders, "world_size", lambda: ranks)
         return Batches(dataset, split, 6, CPU)
 
     return seen
@@ -121,49 +113,45 @@ def batches_of(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 11])
 def test_the_ranks_shares_of_a_validation_hold_every_image_once(batches_of, ranks: int) -> None:
-    shares = [list(batches_of(rank, ranks).share()) for rank in range(ranks)]
-    assert sorted(number for share in shares for number, _ in share) == list(range(8))
-    assert sorted(label for share in shares for _, (_, y) in share for label in y.tolist()) == list(range(47))
+    batches = [batch for rank in range(ranks) for batch in batches_of(rank, ranks).share()]
+    assert sorted(number for number, _ in batches) == list(range(8))
+    assert sorted(label for _, (_, y) in batches for label in y.tolist()) == list(range(47))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_of, ranks: int) -> None:
     """pytorch/pytorch#31771; the augmentation of an image does not depend on the number of ranks."""
-    orders = set()
+    orders = []
     for epoch in range(2):
-        alone = list(batches_of(0, 1).epoch(0, epoch, cutout_length=3))
-        shares = [list(batches_of(rank, ranks).epoch(0, epoch, cutout_length=3)) for rank in range(ranks)]
+        alone, *shares = (
+            list(batches_of(*of).epoch(0, epoch, 3)) for of in [(0, 1), *((r, ranks) for r in range(ranks))]
+        )
         for (x, y), *parts in zip(alone, *shares, strict=True):
-            assert all(torch.equal(part_y, y[rank::ranks]) for rank, (_, part_y) in enumerate(parts))
-            assert all(torch.equal(part_x, x[rank::ranks]) for rank, (part_x, _) in enumerate(parts))
-        orders.add(tuple(label for _, y in alone for label in y.tolist()))
-    assert len(orders) == 2
+            for rank, (part_x, part_y) in enumerate(parts):
+                assert torch.equal(part_x, x[rank::ranks]) and torch.equal(part_y, y[rank::ranks])
+        orders.append([label for _, y in alone for label in y.tolist()])
+    assert orders[0] != orders[1]
 
 
 def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path) -> None:
-    random_search.main([*search.flags, "--search_dir", str(tmp_path / "one")])
-    process = torchrun("random_search.py", *search.flags, "--search_dir", tmp_path / "two")
-    out, err = process.communicate(timeout=120)
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [*search.flags, "--generations", "1", "--population", "4", "--parents", "2", "--search_dir"]
+    random_search.main([*flags, str(one)])
+    process = torchrun("random_search.py", *flags, two)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     assert out.count("choice  ") == 1
-
-    def rows(folder: Path) -> list[dict]:
-        with open(folder / "paths.csv", newline="") as file:
-            return sorted(csv.DictReader(file), key=lambda row: (row["generation"], int(row["index"])))
-
-    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row | {"loss": ""} for row in ours] == [row | {"loss": ""} for row in theirs]
-    losses = ([float(row["loss"]) for row in part] for part in (ours, theirs))
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
-    for name in ("histogram.png", "pareto.png", "choices.png"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert_same_record(two, one)
+    found = [read_json(folder / "search.json") for folder in (two, one)]
+    tops = [[(row["choice"], row["test_accuracy"]) for row in search["top"]] for search in found]
+    assert found[0]["choice"] == found[1]["choice"] and tops[0] == tops[1]
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_once(tmp_path: Path) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused_in_one_line(tmp_path: Path) -> None:
     process = torchrun("supernet.py", *TINY, "--batch_size", "33", "--out_dir", tmp_path)
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 1 and err.count("error: ") == 1
-    assert "error: --batch_size 33 is that of all 2 ranks together: take a multiple of 2" in err
+    err = process.communicate(timeout=TIMEOUT)[1]
+    (line,) = {line for line in err.splitlines() if line.startswith("error: ")}
+    assert process.returncode == 1 and "--batch_size 33" in line and "multiple of 2" in line
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -173,14 +161,6 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path: Pa
         time.sleep(0.2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1 and len(children) == 2
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-
-
-@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
-def test_the_flag_of_old_launchers_gets_a_hint(flag: str, capsys: pytest.CaptureFixture) -> None:
-    """skycrapers/TecoGAN-PyTorch#31."""
-    with pytest.raises(SystemExit, match="2"):
-        supernet.parse_args([flag])
-    assert "torchrun" in capsys.readouterr().err

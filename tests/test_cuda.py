@@ -1,0 +1,240 @@
+"""CUDA only: blocks that replay graphs learn what plain blocks learn, and fp32 and bf16 rank alike."""
+
+import copy
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import blocks
+import random_search
+import supernet
+from blocks import capture_blocks, release_blocks
+from data.datasets import calibration_images, load_dataset
+from data.loaders import Batches
+from data.records import METRICS, read_csv
+from model import SearchSpace, Supernet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SIZE, BATCH = 16, 64
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    """fp32 means fp32 on every GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+class Captured:
+    """A captured network beside a plain one with the same weights, and what capturing changed."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.graphed = Supernet(10, SIZE).to(DEVICE)
+        self.plain = copy.deepcopy(self.graphed)
+        self.random_state = torch.cuda.get_rng_state(DEVICE)
+        self.line = capture_blocks(self.graphed, images(0), 10**9)
+        self.random_state_after = torch.cuda.get_rng_state(DEVICE)
+        self.state_after = {name: value.clone() for name, value in self.graphed.state_dict().items()}
+        self.gradients_after = [p.grad for p in self.graphed.parameters()]
+        self.space = SearchSpace(self.plain)
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    return Captured()
+
+
+@pytest.fixture
+def pair(captured: Captured) -> Captured:
+    """The same, with both networks as they were at first."""
+    for model in (captured.graphed, captured.plain):
+        model.load_state_dict(captured.state_after)
+        model.zero_grad(set_to_none=True)
+        model.train()
+    return captured
+
+
+def images(seed: int, count: int = BATCH) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def labels(seed: int) -> Tensor:
+    return torch.randint(10, (BATCH,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def train(model: Supernet, space: SearchSpace, steps: int) -> Tensor:
+    """All weights after some steps of SGD with momentum on random paths, as one vector."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=3e-4)
+    rng = random.Random(0)
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images(step), space.sample(rng)), labels(step)).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_capturing_leaves_no_trace(captured: Captured) -> None:
+    assert captured.line == "used for the blocks"
+    before = captured.plain.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in captured.state_after.items())
+    assert all(gradient is None for gradient in captured.gradients_after)
+    assert torch.equal(captured.random_state, captured.random_state_after)
+
+
+def test_the_first_gradients_agree(pair: Captured) -> None:
+    choice = pair.space.sample(random.Random(1))
+    gradients = []
+    for model in (pair.plain, pair.graphed):
+        F.cross_entropy(model(images(1), choice), labels(1)).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, graphed = gradients
+    assert plain.keys() == graphed.keys()
+    for name, gradient in plain.items():
+        assert (graphed[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    for name, buffer in pair.plain.named_buffers():
+        assert torch.allclose(buffer, pair.graphed.get_buffer(name), rtol=1e-4, atol=1e-6), name
+
+
+def test_training_stays_as_close_as_two_plain_runs(pair: Captured) -> None:
+    """Rounding grows with the steps, so the measure is a plain run that begins one rounding beside another."""
+    beside = copy.deepcopy(pair.plain)
+    with torch.no_grad():
+        for p in beside.parameters():
+            p.mul_(1 + torch.finfo(p.dtype).eps)
+    plain, other, graphed = (train(model, pair.space, 20) for model in (pair.plain, beside, pair.graphed))
+    assert (graphed - plain).norm() <= 2 * (other - plain).norm()
+
+
+def test_idle_blocks_do_not_move(pair: Captured) -> None:
+    """By momentum and weight decay, for which a gradient of zero would be enough."""
+    choices = [(0,) * 20, (1,) * 20]
+    optimizer = torch.optim.SGD(pair.graphed.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for step, choice in enumerate(choices):
+        before = {name: value.clone() for name, value in pair.graphed.state_dict().items()}
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(pair.graphed(images(step), choice), labels(step)).backward()
+        optimizer.step()
+        chosen = pair.graphed.names[choice[0]]
+        for name, value in pair.graphed.state_dict().items():
+            if name.startswith("layers") and f".{chosen}." not in name:
+                assert torch.equal(value, before[name]), name
+
+
+def test_validation_takes_any_batch_and_no_graph(pair: Captured) -> None:
+    dataset = load_dataset("digits", ".", SIZE)
+    batches = Batches(dataset, dataset.search, 37, DEVICE)
+    paths = [pair.space.sample(random.Random(i)) for i in range(len(batches))]
+    for own in (False, True):
+        plain, graphed = (supernet.evaluate(model, batches, paths, own) for model in (pair.plain, pair.graphed))
+        assert graphed["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["no room", "runs out"])
+def test_too_little_memory_means_no_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Supernet(10, 8).to(DEVICE)
+    before = copy.deepcopy(model.state_dict())
+    capture, calls = torch.cuda.make_graphed_callables, []
+
+    def run_out(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(*args, **kwargs)
+
+    if how == "no room":
+        monkeypatch.setattr(blocks, "GRAPH_BYTES", 2**40)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", run_out)
+    line = capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9)
+    assert re.match("not used: .*(memory|GiB)", line)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    takes_any_batch(model)
+
+
+def takes_any_batch(model: Supernet) -> None:
+    """A captured block in training mode takes batches of one size only."""
+    model.train()
+    for number in range(4):
+        model(torch.zeros(5, 3, 8, 8, device=DEVICE), (number,) * 20).sum().backward()
+
+
+def test_released_blocks_take_any_batch_again() -> None:
+    model = Supernet(10, 8).to(DEVICE)
+    assert capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9) == "used for the blocks"
+    release_blocks(model)
+    takes_any_batch(model)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits with graphs, in bf16, interrupted after 6 of 8 epochs and resumed."""
+    out = tmp_path_factory.mktemp("runs")
+    flags = ["--dataset", "digits", "--epochs", "8", "--batch_size", "64", "--out_dir", str(out), "--exp_name", "cuda"]
+    save = supernet.utils.save_checkpoint
+
+    def stop(path: Path, content: dict) -> None:
+        save(path, content)
+        if content["epoch"] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "GRAPH_CALLS", 1)
+        patch.setattr(supernet.utils, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            supernet.main(flags)
+        patch.undo()
+        patch.setattr(blocks, "GRAPH_CALLS", 1)
+        supernet.main([*flags, "--resume"])
+    return out / "cuda"
+
+
+def test_a_run_with_graphs_learns_and_continues(trained: Path) -> None:
+    log = (trained / "log.txt").read_text()
+    assert log.count("used for the blocks") == 2 and "resuming after epoch 6" in log
+    rows = [row for _, row in read_csv(trained / "metrics.csv", METRICS)]
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
+    assert float(rows[-1]["train_acc"]) > float(rows[5]["train_acc"]) > 30
+
+
+def test_a_single_architecture_trains_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
+    flags = ["--dataset", "digits", "--epochs", "2", "--out_dir", str(tmp_path), "--exp_name", "alone"]
+    supernet.main([*flags, "--choice", "-".join("0123" * 5)])
+    assert "used for the blocks" in (tmp_path / "alone" / "log.txt").read_text()
+    network = torch.export.load(tmp_path / "alone" / "model.pt2").module()
+    assert network(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8)).shape == (3, 10)
+
+
+def test_scores_hardly_depend_on_precision_and_graphs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By at most one standard error on average over 24 paths."""
+    monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
+    checkpoint = supernet.utils.load_supernet(trained / "last.pth")
+    dataset = load_dataset("digits", ".", SIZE)
+    dataset.adopt(checkpoint["data"], "")
+    found = {}
+    for precision, graphs in (("fp32", False), ("fp32", True), ("bf16", True)):
+        model = random_search.build_supernet(trained / "last.pth", checkpoint)
+        model = model.to(DEVICE, memory_format=supernet.utils.memory_format(DEVICE, precision))
+        calibration = Batches(dataset, calibration_images(dataset, 1000, 250), 250, DEVICE, precision=precision)
+        scored = Batches(dataset, dataset.search, 1000, DEVICE, precision=precision)
+        scorer = random_search.Scorer(model, calibration, scored, precision)
+        if graphs:
+            assert scorer.use_cuda_graphs(1000) == "used for the blocks"
+        paths = sorted(SearchSpace(model).sample_distinct(random.Random(0), 24))
+        found[precision, graphs] = torch.tensor([row[0] for row in scorer.score(paths)])
+        state = model.state_dict()
+        assert all(torch.equal(state[name].cpu(), value) for name, value in checkpoint["model"].items())
+    plain = found["fp32", False]
+    error = supernet.utils.standard_error(plain.mean().item(), len(dataset.search))
+    assert (found["fp32", True] - plain).abs().mean() <= error / 4
+    assert (found["bf16", True] - plain).abs().mean() <= error
