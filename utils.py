@@ -127,7 +127,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends the default to a flag's help, except for switches and where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

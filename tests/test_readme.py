@@ -78,9 +78,12 @@ def test_the_results_are_those_of_the_table_behind_the_pictures() -> None:
     assert [number for number in numbers if number not in table] == []
 
 
-def test_every_flag_has_a_help_text() -> None:
+def test_every_flag_has_a_help_text_with_its_default() -> None:
     for parser in PARSERS.values():
-        assert all(action.help for action in parser._actions)
+        text = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            shown = action.default not in (None, "==SUPPRESS==") and action.nargs != 0
+            assert action.help and action.help + (f" (default: {action.default})" if shown else "") in text
 
 
 def test_the_quick_start_runs(tmp_path: Path) -> None:
