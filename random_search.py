@@ -40,6 +40,7 @@ SETTINGS = (
     "min_flops",
     "max_flops",
 )  # what scores and draws depend on
+EXTENT = "num_paths", "generations"  # may grow
 EVOLUTION = "population", "parents", "mutation_prob", "rank_by"  # what the children depend on as well
 
 
@@ -51,15 +52,20 @@ def build_parser() -> utils.Parser:
     add("--search_dir", type=utils.path, help="folder of the results (default: search/ beside the checkpoint)")
     add("--data_dir", type=utils.path, help="folder of the data set (default: where training found it)")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
-    add("--calibration_images", type=number(int, 0), default=2000, help="training images for BatchNorm; 0: none")
+    add(
+        "--calibration_images",
+        type=number(int, 0),
+        default=2000,
+        help="images that recompute BatchNorm's statistics; 0: keep the supernet's",
+    )
     add("--batch_size", type=number(int, 1), help="images per scoring step (default: 250, on CUDA 1000)")
-    add("--min_flops", type=number(float, 0, 1e9), help="smallest architecture, in millions of multiply-adds")
-    add("--max_flops", type=number(float, 0, 1e9), help="largest architecture, in millions of multiply-adds")
+    add("--min_flops", type=number(float, 0, 1e9), help="lower limit, in millions of multiply-adds")
+    add("--max_flops", type=number(float, 0, 1e9), help="upper limit, in millions of multiply-adds")
     add("--generations", type=number(int, 0), default=0, help="generations of evolution after the random search")
     add("--population", type=number(int, 2), default=50, help="architectures per generation")
     add("--parents", type=number(int, 2), default=10, help="best architectures so far that a generation is bred from")
     add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="mutation probability of a layer")
-    add("--top_k", type=number(int, 1), default=10, help="best architectures to measure on the test images")
+    add("--top_k", type=number(int, 1), default=10, help="how many of the best to measure on the test images")
     add("--rank_by", choices=("loss", "accuracy"), default="loss", help="what makes an architecture the better one")
     add("--split", choices=("search", "test"), default="search", help="images to score on; test is biased, see README")
     add("--overwrite", action="store_true", help="delete the search in that folder and start again")
@@ -267,10 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint: dict, folder: Path) -> None:
     """Prepares a search or what is left of it, searches and reports."""
     before = utils.on_rank_zero(lambda: read_settings(folder, parser.parse_args(argv).overwrite))
-    parser.set_defaults(**{name: before[name] for name in (*SETTINGS, *EVOLUTION) if name in before})
+    parser.set_defaults(**{name: before[name] for name in (*SETTINGS, *EVOLUTION, *EXTENT) if name in before})
     args = parser.parse_args(argv)  # what the command line leaves open is as the record has it
     if args.generations and not args.parents <= args.population <= args.num_paths:
-        parser.error("evolution needs --parents at most --population, and that at most --num_paths")
+        parser.error("evolution needs --parents <= --population <= --num_paths")
     device = utils.pick_device(args.device)
     if args.precision == "auto":
         args.precision = before.get("precision") or utils.pick_precision("auto", device)
@@ -280,6 +286,7 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
         advice = "take another --search_dir, or --overwrite to delete the search"
         recorded = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
         utils.refuse_changes(before, recorded, f"the search in {folder}", advice)
+    settings |= {name: getattr(args, name) for name in EXTENT}
     metadata, trained = checkpoint["data"], checkpoint["args"]
     utils.open_log(None)
     model = build_supernet(path, checkpoint)
@@ -294,7 +301,7 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
     log.info(f"supernet     {path}, {checkpoint['epoch']} of {trained['epochs']} epochs on {metadata['name']}")
     log.info(f"device       {utils.describe_device(device)}, {args.precision}")
     if checkpoint["epoch"] < trained["epochs"]:
-        log.info("warning: this supernet is unfinished, its learning rate has not reached 0")
+        log.info("warning: this supernet is unfinished: its learning rate has not reached 0")
     record = folder / "paths.csv"
     rows = utils.on_rank_zero(lambda: read_rows(record, model.check) if record.exists() else [])
     if rows:
@@ -351,9 +358,7 @@ def start_record(folder: Path, settings: dict, overwrite: bool) -> None:
 def build_supernet(path: Path, checkpoint: dict) -> Supernet:
     """The supernet of a checkpoint; raises UserError if it has other candidates or its weights do not fit."""
     metadata = checkpoint["data"]
-    names = checkpoint.get("candidates", list(CANDIDATES))  # an earlier version did not record them
-    if names != list(CANDIDATES):
-        raise UserError(f"{path} was trained with the candidates {names}, blocks.py has {list(CANDIDATES)}")
+    utils.refuse_candidates(checkpoint, list(CANDIDATES), str(path))
     model = Supernet(len(metadata["classes"]), metadata["image_size"])
     try:
         model.load_state_dict(checkpoint["model"])
@@ -387,7 +392,12 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
         raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")
     found = as_json(order[0]) | {"standard_error": utils.standard_error(order[0].accuracy, images)}
     found |= {"dataset": checkpoint["data"]["name"], "image_size": checkpoint["data"]["image_size"]}
-    found |= {"data_dir": args.data_dir, "split": args.split, "statistics": statistics(rows, images)}
+    found |= {
+        "candidates": test.model.names,
+        "data_dir": args.data_dir,
+        "split": args.split,
+        "statistics": statistics(rows, images),
+    }
     if args.generations and (own := best_first(evolving(rows, args.population), "accuracy")):
         found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own), "best": own[0].accuracy}
     source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}
@@ -402,9 +412,11 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
         top = [as_json(row) for row in order[: args.top_k]]
         found["top"] = [row | {"test_accuracy": known[row["choice"]]} for row in top]
         utils.write_json(folder / "search.json", found)
+    (folder / "evolution.png").unlink(missing_ok=True)  # it is drawn again if these results have generations
     plot_search(rows, folder, args.split, args.rank_by)
     command = ["python", "supernet.py", "--choice", str(folder / "search.json")]
-    command.append(f"--exp_name={checkpoint['args']['exp_name']}_best")
+    name = "" if folder.name == "search" else f"_{folder.name}"  # of another search of the same supernet
+    command.append(f"--exp_name={checkpoint['args']['exp_name']}{name}_best")
     for line in (*summary(found), "train it alone:", f"  {shlex.join(command)}"):
         log.info(line)
     names = [name for name in utils.SEARCH_FILES if (folder / name).exists()]
@@ -448,7 +460,7 @@ def summary(found: dict) -> list[str]:
         f"scores       {s['paths']} random paths, {s['images']:,} images of the {found['split']} split: "
         f"best {s['best']:.2f}%, median {s['median']:.2f}%, worst {s['worst']:.2f}%",
         f"ranking      split-half reliability {text(s['reliability'])} by accuracy, {text(s['loss_reliability'])} by "
-        f"loss; sampling noise {text(s['noise'])} of std {text(s['spread'])}",
+        f"loss; std {text(s['spread'])}, of which noise of the images {text(s['noise'])}",
         f"baselines    {baselines}",
         f"choice       {found['choice']}, the best by {found['args']['rank_by']}",
         f"             {found['accuracy']:.2f}% ± {found['standard_error']:.2f}, loss {found['loss']:.4f}, "

@@ -41,7 +41,9 @@ RECIPES = {
 # learned.
 ANEW = {"exp_name", "out_dir", "resume", "overwrite", "no_cuda_graphs"}
 FREE = ANEW | {"data_dir", "device", "workers", "val_interval"}
-ADVICE = "a run's settings stay what they were: leave the flag out to continue, or start another run by --exp_name"
+ADVICE = (
+    "a run's settings stay what they were: leave the flag out to continue, or start another run with a new --exp_name"
+)
 EVALUATION_BATCH = 250
 CHECK_EVERY = 100  # steps between two looks at the loss, which wait for the device
 
@@ -63,13 +65,13 @@ def build_parser() -> utils.Parser:
     add("--weight_decay", type=number(float, 0), help="weight decay (BatchNorm excluded)")
     add("--label_smoothing", type=number(float, 0, below=1), help="label smoothing")
     add("--cutout", type=number(int, 0), nargs="?", help="side of the square to cut out; no value: half the image")
-    add("--init", choices=INITS, help="initial weights")
+    add("--init", choices=INITS, help="initial weights: near the identity, or the official code's")
     add("--choice", help="train one architecture alone: 20 numbers like 1-0-3-..., or a search.json")
     add("--init_from", type=utils.path, help="with --choice: start from the weights in this supernet's last.pth")
     add("--train_on", choices=("train", "all"), default="train", help="with --choice: all adds the search split")
     add("--val_interval", type=number(int, 1), default=1, help="epochs between validations; the last always has one")
     add("--resume", action="store_true", help="continue the run with its original settings")
-    add("--overwrite", action="store_true", help="delete the run in that folder and start again")
+    add("--overwrite", action="store_true", help="delete the run in that folder, and its search, and start again")
     utils.add_common_flags(parser)
     return parser
 
@@ -111,6 +113,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
     if args.resume and last.exists():
         checkpoint = utils.load_checkpoint(last)
         before = checkpoint["args"]
+        utils.refuse_candidates(checkpoint, list(CANDIDATES), str(last))
         if "init" not in before:
             raise UserError(f"{last} is of an earlier version, whose learning rate fell otherwise; start again")
         parser.set_defaults(**{name: value for name, value in before.items() if name not in ANEW})
@@ -146,6 +149,7 @@ def read_search(text: str | None) -> dict:
     found = utils.read_json(Path(utils.path(text)))
     if not {"choice", "accuracy"} <= found.keys():
         raise UserError(f"{text} holds no choice; is it a search.json of random_search.py?")
+    utils.refuse_candidates(found, list(CANDIDATES), text)
     return found
 
 
@@ -155,7 +159,7 @@ def read_choice(text: str) -> str:
     if len(numbers) != len(CHANNELS) or not all(n.isdecimal() and int(n) < len(CANDIDATES) for n in numbers):
         raise UserError(
             f"--choice {str(text)[:100]} is neither {len(CHANNELS)} numbers from 0 to {len(CANDIDATES) - 1}, "
-            "like 1-0-3-..., nor a file"
+            "like 1-0-3-..., nor an existing file"
         )
     return format_choice(map(int, numbers))
 
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, validates and records every epoch; a single architecture is measured on the test images at the end."""
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
-    with utils.owned_folder(folder, "--out_dir"):
+    with utils.owned_folder(folder, "--exp_name"):
         check_folder(folder, args)
         run(folder, args, checkpoint)
 
@@ -179,7 +183,11 @@ def run(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None
         log.info(f"{folder} is complete: {args.epochs} epochs")
         return
 
-    weights = utils.load_supernet(Path(args.init_from))["model"] if args.init_from and checkpoint is None else None
+    weights = None
+    if args.init_from and checkpoint is None:
+        supernet = utils.load_supernet(Path(args.init_from))
+        utils.refuse_candidates(supernet, list(CANDIDATES), args.init_from)
+        weights = supernet["model"]
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
     if checkpoint:
         dataset.adopt(checkpoint["data"], f"{folder / 'last.pth'}")
@@ -219,12 +227,14 @@ def run(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None
 
 
 def check_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Raises UserError if a run is in the folder that nobody asked to touch, or a search."""
-    kept = [folder / name for name in ("last.pth", "metrics.csv", "result.json") if (folder / name).exists()]
+    """Raises UserError if the folder holds a run that nobody asked to touch or that cannot continue, or a search."""
+    names = "last.pth", "metrics.csv", "result.json", "search/paths.csv"
+    kept = [folder / name for name in names if (folder / name).exists()]
+    advice = "--overwrite deletes it, or take another --exp_name"
     if kept and not (args.resume or args.overwrite):
-        raise UserError(
-            f"{kept[0]} exists: --resume continues that run, --overwrite deletes it, or take another --exp_name"
-        )
+        raise UserError(f"{kept[0]} exists: --resume continues that run, {advice}")
+    if kept and not args.overwrite and kept[0].name != "last.pth":
+        raise UserError(f"{kept[0]} exists, but no last.pth that a run could continue from: {advice}")
     if (folder / "paths.csv").exists():
         raise UserError(f"{folder} is the folder of a search; take another --exp_name")
 
@@ -306,7 +316,9 @@ def train(
     steps, begun, alone = images.steps(), len(rows), args.choice is not None
     validated_on = "search split" if alone else "random paths"
     if not alone:
-        log.info("random paths are validated with each batch's own BatchNorm statistics: a sign of progress, no result")
+        log.info(
+            "random paths are validated with each batch's own BatchNorm statistics: a sign of progress, not a result"
+        )
     log.info(f"graphs    {use_cuda_graphs(model, images, args, steps * (args.epochs - begun))}")
     network = distribute(model)
     start = time.monotonic()

@@ -49,6 +49,11 @@ REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, e
 REFUSALS |= {errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
+# What torch.load raises for files that are none of its own.
+UNREADABLE = RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError, TypeError
+UNREADABLE += pickle.UnpicklingError, zipfile.BadZipFile
+
+
 class UserError(Exception):
     """A mistake of the user's, or of their machine, in one line that says what to do about it."""
 
@@ -116,7 +121,8 @@ def number(
         limits = {"at least": low, "at most": high, "above": above, "below": below}
         if not (low <= value <= high and above < value < below and math.isfinite(value)):
             allowed = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
-            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(['finite'] * (kind is float) + allowed)}")
+            kinds = "a finite number" if kind is float else "a whole number"
+            raise argparse.ArgumentTypeError(f"{text} is not {kinds} {' and '.join(allowed)}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` itself refuses the text
@@ -173,6 +179,15 @@ def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(f"{what} has {name} {before.get(name)}, this command {value}; {advice}")
+
+
+def refuse_candidates(found: dict, names: list[str], what: str) -> None:
+    """Raises UserError if a checkpoint or a search.json has other candidate blocks than `names`.
+
+    An earlier version did not record them, and had no others.
+    """
+    advice = "numbers would mean other blocks; restore CANDIDATES in blocks.py"
+    refuse_changes({"candidates": found.get("candidates", names)}, {"candidates": names}, what, advice)
 
 
 # Ranks: the processes that torchrun started together; without it there is one, rank 0
@@ -438,7 +453,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         file = path.read_bytes()  # at once: a training that goes on may replace it between two looks
         content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"{path} is not a checkpoint of supernet.py, or is damaged ({reason})") from None
     expected = {"model": dict, "optimizer": dict, "epoch": int, "args": dict, "data": dict, "metrics": list}

@@ -90,6 +90,7 @@ def plot_training(rows: Sequence[dict], path: Path, validated_on: str) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=text, marker="." if len(points) < 30 else "")
         axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     save(figure, path)
 
@@ -107,7 +108,7 @@ def plot_histogram(rows: Sequence[Row], path: Path, split: str = "search") -> No
     plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%")
     _, noise = reliability(drawn)
     bars = [("spread", accuracies.std(ddof=1) if len(drawn) > 1 else 0, BLUE)]
-    bars += [("of it, noise of the images", noise, GREY)] if noise is not None else []
+    bars += [("of which noise of the images", noise, GREY)] if noise is not None else []
     for i, (name, std, colour) in enumerate(bars):
         height = top * (1.08 + 0.09 * i)
         axis.errorbar(np.mean(accuracies), height, xerr=std, color=colour, capsize=3, label=f"{name}: std {std:.2f}")
@@ -172,6 +173,7 @@ def plot_evolution(rows: Sequence[Row], path: Path, split: str = "search") -> No
     ends = np.cumsum([len(part) for part in parts])
     medians = [np.nanmedian(values(part, "accuracy")) for part in parts]
     axis.plot(ends, medians, "o", color=ORANGE, markersize=4, label="evolution, median of a generation")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="architectures scored", ylabel=f"top-1 accuracy, {split} split (%)")
     axis.legend(frameon=False)
     save(figure, path)
@@ -256,29 +258,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs from their files.")
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv")
-    add("--split", default="search", help="the images that a search scored on (default: search)")
-    add("--rank_by", choices=("loss", "accuracy"), default="loss", help="what a search ranked by (default: loss)")
+    add("--split", choices=("search", "test"), help="images that a search scored on (default: as args.json beside it)")
+    add("--rank_by", choices=("loss", "accuracy"), help="what a search ranked by (default: as args.json beside it)")
     args = parser.parse_args()
     if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
     rows, folder, alone = [], None, {}
     for path in args.files:
+        beside = path.with_name("args.json")
+        made_with = read_json(beside) if path.suffix == ".csv" and beside.exists() else {}
         if path.suffix == ".json":
             result = read_json(path)
             if "test_accuracy" not in result:
                 raise UserError(f"{path} is not the result.json of an architecture that was trained alone")
             alone.setdefault(parse_choice(result["choice"]), []).append(result["test_accuracy"])
         elif any("train_loss" in row for _, row in read_csv(path, [])):
-            plot_training(read_metrics(path), path.with_name("training.png"), "held out")
+            kind = "random paths, each batch's own statistics" if made_with.get("choice") is None else "search split"
+            plot_training(read_metrics(path), path.with_name("training.png"), kind if made_with else "held out")
         else:
             rows, folder = read_rows(path, check), path.parent
             if not random_draws(rows):
                 raise UserError(f"{path} holds no random architecture with a score yet")
-            plot_search(rows, folder, args.split, args.rank_by)
+            by = args.rank_by or made_with.get("rank_by", "loss")
+            plot_search(rows, folder, args.split or made_with.get("split", "search"), by)
     if alone and not rows:
         raise UserError("result.json files need the paths.csv of the search that scored their architectures")
     if alone:
-        print("\n".join(plot_standalone(rows, alone, folder / "standalone.png", args.rank_by)))
+        print("\n".join(plot_standalone(rows, alone, folder / "standalone.png", by)))
 
 
 if __name__ == "__main__":

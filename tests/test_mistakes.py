@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 import random_search
 import supernet
 import utils
+from blocks import CANDIDATES
 from conftest import ROOT, TINY, Run
 from data.datasets import load_dataset, read_image, read_in_workers
 from data.records import read_csv
@@ -77,6 +78,31 @@ def test_a_run_and_a_search_never_share_a_folder(run: Run, search: Run, tmp_path
     flags = [*TINY, "--out_dir", str(search.folder.parent), "--exp_name", search.folder.name, "--overwrite"]
     with pytest.raises(UserError, match="folder of a search"):
         supernet.main(flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_no_run_deletes_a_search_unasked(flags: list[str], tmp_path: Path) -> None:
+    """Its checkpoint may have been removed to save room."""
+    (tmp_path / "old" / "search").mkdir(parents=True)
+    (tmp_path / "old" / "search" / "paths.csv").write_text("scores")
+    with pytest.raises(UserError, match=r"paths\.csv exists.*--overwrite deletes it"):
+        supernet.main([*TINY, "--out_dir", str(tmp_path), "--exp_name", "old", *flags])
+    assert (tmp_path / "old" / "search" / "paths.csv").read_text() == "scores"
+
+
+def test_other_candidates_are_refused_everywhere(run: Run, search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their numbers would mean other blocks."""
+    monkeypatch.setitem(CANDIDATES, "extra", CANDIDATES["shuffle3"])
+    checkpoint, found = str(run.folder / "last.pth"), str(search.folder / "search.json")
+    with pytest.raises(UserError, match="candidates"):
+        supernet.main([*run.flags, "--resume"])
+    with pytest.raises(UserError, match="candidates"):
+        supernet.main(["--choice", found])
+    with pytest.raises(UserError, match="candidates"):
+        random_search.main(["--ckpt", checkpoint])
+    flags = ["--out_dir", str(search.folder), "--exp_name", "alone", "--choice", CHOICE, "--init_from", checkpoint]
+    with pytest.raises(UserError, match="candidates"):
+        supernet.main([*TINY, *flags])
 
 
 @pytest.mark.parametrize("renamed", ["train", "search"])
@@ -334,7 +360,7 @@ def test_a_long_choice_is_no_file_name() -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        (supernet, ["--learning_rate", "nan"], "nan is not finite and above 0"),
+        (supernet, ["--learning_rate", "nan"], "nan is not a finite number above 0"),
         (supernet, ["--momentum", "1"], "below 1"),
         (supernet, ["--epochs", "0"], "at least 1"),
         (supernet, ["--batch-sise", "3"], "did you mean --batch_size?"),
