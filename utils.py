@@ -310,7 +310,8 @@ class Console(logging.StreamHandler):
     """Standard output; once it is closed or full, the log goes on to its file alone."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not (isinstance(sys.exc_info()[1], OSError) or self.stream.closed):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError | ValueError) or isinstance(error, UnicodeError):
             raise
         nowhere = open(os.devnull, "w")  # noqa: SIM115
         if sys.stdout is self.stream:

@@ -352,7 +352,7 @@ def test_one_more_candidate_is_one_entry_from_training_to_the_winner_alone(tmp_p
         alone = json.loads((tmp_path / "alone/result.json").read_text())
         for name in ("choice", "flops_m", "params_m", "dataset"):
             assert alone[name] == result[name]
-    with pytest.raises(UserError, match=r"five/last\.pth was trained with the candidates .*'skip'") as error:
+    with pytest.raises(UserError, match=r"five/last\.pth has candidates .*'skip'") as error:
         random_search.main(["--ckpt", str(tmp_path / "five")])
     assert "\n" not in str(error.value)
 
@@ -383,13 +383,16 @@ def test_what_the_command_line_leaves_open_is_as_in_the_record(quick, run: Run, 
     flags = ["--ckpt", str(run.folder), "--search_dir", str(tmp_path), "--generations", "1", "--num_paths"]
     random_search.main([*flags, "6", *(f"--{name}={value}" for name, value in chosen.items())])
     settings, rows = json.loads((tmp_path / "args.json").read_text()), record(tmp_path)
-    assert settings == chosen | {"checkpoint": hashlib.sha256((run.folder / "last.pth").read_bytes()).hexdigest()}
+    checkpoint = {"checkpoint": hashlib.sha256((run.folder / "last.pth").read_bytes()).hexdigest()}
+    assert settings == chosen | checkpoint | {"generations": 1, "num_paths": 6}
+    random_search.main(flags[:4])  # as many paths and generations as before: nothing is left to do
+    assert record(tmp_path) == rows
     random_search.main([*flags, "8"])
-    assert json.loads((tmp_path / "args.json").read_text()) == settings
+    assert json.loads((tmp_path / "args.json").read_text()) == settings | {"num_paths": 8}
     assert found(tmp_path)["args"].items() >= chosen.items()
     assert found(tmp_path)["split"] == "test" and "top" not in found(tmp_path)
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("selecting on the test set") == log.count("images of the test split") == 2
+    assert log.count("selecting on the test set") == log.count("images of the test split") == 3
     assert len(record(tmp_path)) == len(rows) + 2 and all(row in record(tmp_path) for row in rows)
 
 
