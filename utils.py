@@ -316,7 +316,7 @@ class Console(logging.StreamHandler):
         nowhere = open(os.devnull, "w")  # noqa: SIM115
         if sys.stdout is self.stream:
             sys.stdout = nowhere
-        self.setStream(nowhere)
+        self.stream = nowhere  # not setStream, which would flush the old one
 
 
 class LogFile(logging.FileHandler):
