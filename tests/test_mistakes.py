@@ -90,7 +90,7 @@ def test_no_run_deletes_a_search_unasked(flags: list[str], tmp_path: Path) -> No
     assert (tmp_path / "old" / "search" / "paths.csv").read_text() == "scores"
 
 
-def test_other_candidates_are_refused_everywhere(run: Run, search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_candidates_are_refused_everywhere(run: Run, search: Run, tmp_path: Path, monkeypatch) -> None:
     """Their numbers would mean other blocks."""
     monkeypatch.setitem(CANDIDATES, "extra", CANDIDATES["shuffle3"])
     checkpoint, found = str(run.folder / "last.pth"), str(search.folder / "search.json")
@@ -99,8 +99,8 @@ def test_other_candidates_are_refused_everywhere(run: Run, search: Run, monkeypa
     with pytest.raises(UserError, match="candidates"):
         supernet.main(["--choice", found])
     with pytest.raises(UserError, match="candidates"):
-        random_search.main(["--ckpt", checkpoint])
-    flags = ["--out_dir", str(search.folder), "--exp_name", "alone", "--choice", CHOICE, "--init_from", checkpoint]
+        random_search.main(["--ckpt", checkpoint, "--search_dir", str(tmp_path / "search")])
+    flags = ["--out_dir", str(tmp_path), "--exp_name", "alone", "--choice", CHOICE, "--init_from", checkpoint]
     with pytest.raises(UserError, match="candidates"):
         supernet.main([*TINY, *flags])
 
