@@ -375,12 +375,10 @@ def limited_space(model: Supernet, args: argparse.Namespace) -> SearchSpace:
         space = SearchSpace(model, low, high)
     except ValueError as error:
         raise UserError(str(error)) from None
-    whole = SearchSpace(model)
-    if space.limited and space.size == whole.size:
-        lowest, highest = whole.nearest(-math.inf)[1] / 1e6, whole.nearest(math.inf)[0] / 1e6
-        log.info(
-            f"warning: the limits exclude nothing: the space goes from {lowest} to {highest} million multiply-adds"
-        )
+    lowest, highest = space.nearest(-math.inf)[1], space.nearest(math.inf)[0]
+    if space.limited and space.low <= lowest and highest <= space.high:
+        ends = f"from {lowest / 1e6} to {highest / 1e6} million multiply-adds"
+        log.info(f"warning: the limits exclude nothing: the space goes {ends}")
     return space
 
 

@@ -262,8 +262,9 @@ def pick_device(name: str) -> torch.device:
     if world_size() > 1 and name != "cpu":
         name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=device).item()  # fails on the meta device, which computes nothing
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on the meta device, which computes nothing
+        device = probe.device
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         return device
