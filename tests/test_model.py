@@ -497,17 +497,6 @@ def test_a_stand_alone_network_with_a_paths_weights_computes_the_same(
     assert space.flops(choice) == spaces[name].flops(choice) and space.size == 1 and space.single_blocks() == []
 
 
-def test_a_stand_alone_networks_keys_are_the_supernets_and_scales(small: Supernet) -> None:
-    alone = Supernet(10, 32, affine=True, choice=OFFICIAL)
-    norms = [name for name, module in alone.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    added = {f"{name}.{scale}" for name in norms for scale in ("weight", "bias")}
-    own = alone.state_dict().keys()
-    assert own - small.state_dict().keys() == added
-    kept = [f"layers.{i}.{NAMES[number]}." for i, number in enumerate(OFFICIAL)]
-    path = {key for key in small.state_dict() if key.startswith(("stem.", "last.", "head.", *kept))}
-    assert own - added == path
-
-
 @pytest.mark.parametrize(
     "key",
     [

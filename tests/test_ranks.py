@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -136,6 +137,7 @@ def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_o
 def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [*search.flags, "--generations", "1", "--population", "4", "--parents", "2", "--search_dir"]
+    shutil.copytree(search.folder, one)
     random_search.main([*flags, str(one)])
     process = torchrun("random_search.py", *flags, two)
     out, err = process.communicate(timeout=TIMEOUT)

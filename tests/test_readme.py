@@ -44,7 +44,7 @@ def test_the_readme_has_the_commands_that_it_promises() -> None:
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    (command,) = re.findall(r"^python3 -m venv .*\n.*-m pytest$", BASH, re.MULTILINE)
+    (command,) = re.findall(r"^python3 -m venv .*\n.*-m pytest -n 2 --dist loadfile$", BASH, re.MULTILINE)
     assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
 
 
