@@ -277,6 +277,8 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
     args = parser.parse_args(argv)  # what the command line leaves open is as the record has it
     if args.generations and not args.parents <= args.population <= args.num_paths:
         parser.error("evolution needs --parents <= --population <= --num_paths")
+    if None not in (args.min_flops, args.max_flops) and args.min_flops > args.max_flops:
+        parser.error(f"--min_flops {args.min_flops} is above --max_flops {args.max_flops}")
     device = utils.pick_device(args.device)
     if args.precision == "auto":
         args.precision = before.get("precision") or utils.pick_precision("auto", device)
@@ -417,7 +419,7 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
     command.append(f"--exp_name={checkpoint['args']['exp_name']}{name}_best")
     for line in (*summary(found), "train it alone:", f"  {shlex.join(command)}"):
         log.info(line)
-    names = [name for name in utils.SEARCH_FILES if (folder / name).exists()]
+    names = [name for name in utils.SEARCH_FILES if (folder / name).exists() and name != "standalone.png"]
     log.info(f"wrote {', '.join(str(folder / name) for name in names)}")
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -41,7 +41,7 @@ log = logging.getLogger("spos")
 # All that a run and a search write into their folders; --overwrite deletes these and nothing else.
 RUN_FILES = "args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "model.pt2", "result.json"
 SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.png", "pareto.png", "choices.png"
-SEARCH_FILES += ("evolution.png",)
+SEARCH_FILES += "evolution.png", "standalone.png"
 
 
 # What the operating system may refuse for no fault of this code: room, permission, open files, long names, memory.
@@ -303,7 +303,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        name += f" ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name += f" ({threads} thread{'s' if threads > 1 else ''})"
     return name if world_size() == 1 else f"{name}, {world_size()} ranks"
 
 
@@ -388,12 +389,13 @@ def replacing(path: Path) -> Iterator[Path]:
 def owned_folder(folder: Path, flag: str) -> Iterator[None]:
     """Makes a folder and holds it against other processes, until the block or this process ends, in whatever way.
 
-    Raises UserError, which names the flag that chooses another folder, if it cannot be made, written to or held. Only
-    rank 0 writes, so the other ranks hold nothing.
+    A new one in which nothing was written disappears again. Raises UserError, which names the flag that chooses another
+    folder, if it cannot be made, written to or held. Only rank 0 writes, so the other ranks hold nothing.
     """
     if rank() > 0:
         yield
         return
+    new = not os.path.lexists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115
@@ -405,9 +407,17 @@ def owned_folder(folder: Path, flag: str) -> Iterator[None]:
                 msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
+            if not os.path.samefile(lock.fileno(), folder / ".lock"):
+                raise OSError  # its owner has just removed the folder
         except OSError:
             raise UserError(f"another process is at work in {folder}; wait for it, or choose another {flag}") from None
-        yield
+        try:
+            yield
+        finally:
+            if new and os.listdir(folder) == [".lock"]:
+                with suppress(OSError):  # Windows removes no open file
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
 
 
 def delete_files(folder: Path, names: Sequence[str]) -> None:
@@ -427,8 +437,10 @@ def read_json(path: Path) -> dict:
     """The content of a JSON file; raises UserError if it is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content

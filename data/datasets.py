@@ -117,8 +117,8 @@ def calibration_images(dataset: Dataset, count: int, batch: int) -> Split | None
     if count > batch:
         count -= count % batch
     if count != asked:
-        why = f"whole batches of {batch}" if count > batch else "there are no more training images"
-        log.info(f"calibrating on {count} images, not {asked}: {why}")
+        there = f"there are {len(dataset.train):,} training images"
+        log.info(f"calibrating on {count:,} images, not {asked:,}: {there}, and batches of {batch} must be whole")
     chosen = random.Random("calibration").sample(range(len(dataset.train)), count)
     return dataset.train.subset(chosen) if count else None
 

@@ -96,8 +96,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
             reader = csv.DictReader(file)
             names = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table in UTF-8: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (UnicodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV table in UTF-8 ({error})") from None
     if missing := [name for name in columns if name not in names]:
         raise UserError(f"{path} is another table: it has no column {missing[0]}")
     return rows

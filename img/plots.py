@@ -150,7 +150,9 @@ def plot_choices(rows: Sequence[Row], path: Path, split: str = "search") -> None
     figure, axis = new_figure(9, 2.6)
     limit = np.nanmax(np.abs(means)) or 1
     image = axis.imshow(means, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-    axis.set(xlabel="layer", yticks=range(len(CANDIDATES)), yticklabels=list(CANDIDATES))
+    axis.set_facecolor("#CCCCCC")
+    unseen = "; grey: on none of the paths" if np.isnan(means).any() else ""
+    axis.set(xlabel=f"layer{unseen}", yticks=range(len(CANDIDATES)), yticklabels=list(CANDIDATES))
     axis.set_xticks(range(choices.shape[1]))
     title = f"mean accuracy of the paths with a block, less that of all ({split} split)"
     axis.set_title(title, loc="left", fontsize=10)
@@ -205,6 +207,8 @@ def plot_standalone(rows: Sequence[Row], alone: dict[tuple[int, ...], list[float
     figure, axis = new_figure()
     lines = []
     for kind, (colour, marker, part) in kinds.items():
+        if not part:
+            continue
         for row in part:
             axis.plot([row.accuracy] * len(alone[row.choice]), alone[row.choice], "-", color=colour, alpha=0.4)
             lines.append(f"{kind}: {row.accuracy:.2f}% -> {np.mean(alone[row.choice]):.2f}%")

@@ -68,6 +68,14 @@ with utils.owned_folder(pathlib.Path(sys.argv[1]), "-"):
         os.kill(worker, signal.SIGKILL)
 
 
+def test_a_command_that_is_refused_leaves_no_folder(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        supernet.main(["--dataset", "folder", "--data_dir", "nowhere", "--out_dir", str(tmp_path), "--exp_name", "new"])
+    with pytest.raises(UserError, match="no architecture"):
+        random_search.main(["--ckpt", str(run.folder), "--search_dir", str(tmp_path / "new"), "--max_flops", "1"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_and_a_search_never_share_a_folder(run: Run, search: Run, tmp_path: Path) -> None:
     """isaacovercast/easySFS#34"""
     before = {path: path.read_bytes() for path in run.folder.glob("*.*")}
@@ -303,7 +311,7 @@ def test_a_table_of_another_encoding_is_one_line(search: Run, tmp_path: Path) ->
     path.write_text(text, encoding="utf-8-sig")
     assert len(read_csv(path, ["index"])) == text.count("\n") - 1
     path.write_text(text, encoding="utf-16")
-    with pytest.raises(UserError, match="cannot be read as a table in UTF-8"):
+    with pytest.raises(UserError, match="not a CSV table in UTF-8"):
         read_csv(path, ["index"])
 
 

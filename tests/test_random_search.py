@@ -188,7 +188,7 @@ def test_all_calibration_images_count_the_same(available: int, asked: int, monke
 
 
 def test_a_search_writes_what_it_promises(search: Run) -> None:
-    assert files(search.folder) == set(SEARCH_FILES) - {"evolution.png"}
+    assert files(search.folder) == set(SEARCH_FILES) - {"evolution.png", "standalone.png"}
     rows, result, space = record(search.folder), found(search.folder), SearchSpace(Supernet(10, 8))
     assert [(row.generation, row.index) for row in rows] == [(-1, i) for i in range(4)] + [(0, i) for i in range(12)]
     assert [row.choice for row in rows[:4]] == [(n,) * 20 for n in range(4)] and len({row.choice for row in rows}) == 16
@@ -347,7 +347,7 @@ def test_one_more_candidate_is_one_entry_from_training_to_the_winner_alone(tmp_p
         rows, result = record(folder), found(folder)
         assert Counter(row.generation for row in rows) == {BASELINE: 4, 0: 12, 1: 4}
         assert {i for row in rows for i, number in enumerate(row.choice) if number == 4} == {*range(20)} - {0, 4, 8, 16}
-        assert files(folder) == set(SEARCH_FILES)
+        assert files(folder) == set(SEARCH_FILES) - {"standalone.png"}
         supernet.main(["--choice", str(folder / "search.json"), *flags[4:], "alone"])
         alone = json.loads((tmp_path / "alone/result.json").read_text())
         for name in ("choice", "flops_m", "params_m", "dataset"):
@@ -552,6 +552,7 @@ def test_a_supernet_that_was_saved_elsewhere_is_the_same(run: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     "flags",
     ["--num_paths 0", "--batch_size 0", "--calibration_images -1", "--top_k 0", "--ckp x"]
+    + ["--min_flops 12 --max_flops 11"]
     + [f"--generations 1 {flag}" for flag in ("--num_paths 9", "--population 5", "--parents 1")],
 )
 def test_wrong_usage_exits_with_2(run: Run, tmp_path: Path, flags: str) -> None:

@@ -125,8 +125,8 @@ def test_a_cut_or_joined_line_and_an_impossible_number_are_refused_with_the_line
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read as a table"),
-        (b"index,choice\xff\n", "cannot be read as a table"),
+        (None, r"cannot be read \(No such file"),
+        (b"index,choice\xff\n", "not a CSV table in UTF-8"),
         (b"epoch,lr\n1,0.1\n", "another table: it has no column index"),
         (b"", "another table"),
     ],

@@ -102,14 +102,14 @@ def test_an_old_run_is_not_overwritten_unless_asked(run: Run, tmp_path: Path) ->
     """LibreYOLO/libreyolo#833; --overwrite deletes the scripts' own files and nothing else."""
     folder = Path(shutil.copytree(run.folder, tmp_path / "net"))
     (folder / "search").mkdir()
-    for name in ("notes.md", "search/paths.csv", "search/notes.md"):
+    for name in ("notes.md", "search/paths.csv", "search/standalone.png", "search/notes.md"):
         (folder / name).write_text("mine")
     before = (folder / "last.pth").read_bytes()
     with pytest.raises(UserError, match="--overwrite"):
         train(tmp_path)
     assert (folder / "last.pth").read_bytes() == before
     train(tmp_path, "--overwrite", "--no_cuda_graphs")
-    assert len(metrics(folder)) == 1 and not (folder / "search/paths.csv").exists()
+    assert len(metrics(folder)) == 1 and [path.name for path in (folder / "search").iterdir()] == ["notes.md"]
     assert (folder / "notes.md").read_text() == (folder / "search/notes.md").read_text() == "mine"
     args, checkpoint = supernet.parse_args(resume(folder))  # both flags were for that command only
     assert checkpoint["epoch"] == 1 and not args.overwrite and not args.no_cuda_graphs
@@ -457,7 +457,7 @@ def test_a_choice_may_be_written_in_several_ways(tmp_path: Path) -> None:
     [
         *[(text, "20 numbers from 0 to 3") for text in ("", "1-2-3", "-".join("4" * 20), "no/such/search.json")],
         ("0-" * 1000, "20 numbers"),  # Aider-AI/aider#4145: too long for the name of a file
-        ("log.txt", "cannot be read as JSON"),
+        ("log.txt", "is not valid JSON"),
         ("args.json", "holds no choice"),
         (ZEROS, "layer 4 has no candidate 0"),
     ],
