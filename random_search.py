@@ -219,6 +219,14 @@ def search(scorer: Scorer, space: SearchSpace, args: argparse.Namespace, record:
             drawn, wanted = space.breed(choices, taken, args.population, args.mutation_prob, rng), []
         wanted += [Row(i, choice, generation=generation) for i, choice in enumerate(drawn)]
 
+        place = {(row.generation, row.choice): row.index for row in wanted}
+        drawn_at = {(row.generation, row.index): row.choice for row in wanted}
+        for row in rows:
+            at, choice = place.get((row.generation, row.choice)), drawn_at.get((row.generation, row.index))
+            if at not in (None, row.index) or choice not in (None, row.choice):
+                where = f"generation {row.generation}, index {row.index}"
+                raise UserError(f"{record} was edited: {where} is not what --seed draws there; --overwrite deletes it")
+
         # Group neighbours, which share most work. In random order: what an interrupted search leaves is a fair sample.
         known = {(row.generation, row.choice) for row in rows}
         missing = sorted((row for row in wanted if (row.generation, row.choice) not in known), key=lambda r: r.choice)
@@ -273,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint: dict, folder: Path) -> None:
     """Prepares a search or what is left of it, searches and reports."""
     before = utils.on_rank_zero(lambda: read_settings(folder, parser.parse_args(argv).overwrite))
-    parser.set_defaults(**{name: before[name] for name in (*SETTINGS, *EVOLUTION, *EXTENT) if name in before})
+    recorded = {name: before[name] for name in (*SETTINGS, *EVOLUTION, *EXTENT) if name in before}
+    parser.adopt(recorded, str(folder / "args.json"))
     args = parser.parse_args(argv)  # what the command line leaves open is as the record has it
     if args.generations and not args.parents <= args.population <= args.num_paths:
         parser.error("evolution needs --parents <= --population <= --num_paths")
@@ -298,7 +307,7 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
 
     dataset = load_dataset(metadata["name"], args.data_dir, metadata["image_size"], args.workers)
     dataset.adopt(metadata, str(path))
-    utils.on_rank_zero(lambda: start_record(folder, settings, args.overwrite))
+    utils.on_rank_zero(lambda: start_record(folder, settings, new=not before))
     utils.open_log(folder / "log.txt")
     log.info(f"supernet     {path}, {checkpoint['epoch']} of {trained['epochs']} epochs on {metadata['name']}")
     log.info(f"device       {utils.describe_device(device)}, {args.precision}")
@@ -341,18 +350,17 @@ def read_settings(folder: Path, overwrite: bool) -> dict:
     """
     if overwrite:
         return {}
-    if (folder / "args.json").exists():
-        return utils.read_json(folder / "args.json")
-    if (folder / "paths.csv").exists():
+    settings = utils.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+    if "checkpoint" not in settings and (folder / "paths.csv").exists():
         raise UserError(
             f"{folder / 'paths.csv'} has no args.json beside it that says what it is; --overwrite deletes it"
         )
-    return {}
+    return settings if "checkpoint" in settings else {}
 
 
-def start_record(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Writes down what the scores will depend on, before there are any."""
-    if overwrite:
+def start_record(folder: Path, settings: dict, new: bool) -> None:
+    """Writes down what the scores will depend on, before there are any; a new record replaces what lies there."""
+    if new:
         utils.delete_files(folder, utils.SEARCH_FILES)
     utils.write_json(folder / "args.json", settings)
 
@@ -402,10 +410,9 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
         found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own), "best": own[0].accuracy}
     source = {"path": args.ckpt, "epoch": checkpoint["epoch"], "sha256": checkpoint["sha256"]}
     found |= {"checkpoint": source, "args": vars(args)}
-    before = utils.read_json(folder / "search.json") if (folder / "search.json").exists() else {}
+    known = known_test_accuracies(folder / "search.json", checkpoint["sha256"])
     utils.write_json(folder / "search.json", found)  # before any test image is looked at
     if args.split == "search":
-        known = {row["choice"]: row["test_accuracy"] for row in before.get("top", [])}
         missing = sorted(row.choice for row in order[: args.top_k] if format_choice(row.choice) not in known)
         for choice, scores in zip(missing, test.score(missing) if missing else [], strict=True):
             known[format_choice(choice)] = scores[0]
@@ -421,6 +428,17 @@ def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[
         log.info(line)
     names = [name for name in utils.SEARCH_FILES if (folder / name).exists() and name != "standalone.png"]
     log.info(f"wrote {', '.join(str(folder / name) for name in names)}")
+
+
+def known_test_accuracies(path: Path, checkpoint: str) -> dict[str, float]:
+    """What an earlier search.json of the same weights has measured, by choice; nothing if it is damaged."""
+    try:
+        before = utils.read_json(path)
+        if before["checkpoint"]["sha256"] == checkpoint:
+            return {row["choice"]: float(row["test_accuracy"]) for row in before["top"]}
+    except (UserError, LookupError, TypeError, ValueError):
+        pass  # it is about to be written anew, and what is not known is measured
+    return {}
 
 
 def as_json(row: Row) -> dict:

@@ -24,7 +24,7 @@ import utils
 from blocks import CANDIDATES, capture_blocks, release_blocks
 from data.datasets import IMAGE_SIZES, Dataset, load_dataset
 from data.loaders import Batches
-from data.records import METRICS, format_choice, parse_choice, write_csv
+from data.records import METRICS, parse_choice, write_csv
 from img.plots import plot_training
 from model import CHANNELS, INITS, Choice, Classifier, SearchSpace, Supernet, default_init
 from utils import UserError, log
@@ -94,7 +94,7 @@ def recipe(asked: argparse.Namespace) -> dict:
 
 def folder_name(text: str) -> str:
     """An argparse type: a name that stays inside its parent folder on every system."""
-    if not text.strip(". ") or text[-1] in ". " or any(c in '<>:"/\\|?*' or ord(c) < 32 for c in text):
+    if not text.strip(". ") or text[-1] in ". " or set(text) & set('<>:"/\\|?*') or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain folder name")
     return text
 
@@ -103,7 +103,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
     """The run's settings and, with --resume, the checkpoint they come from."""
     parser = build_parser()
     searched = read_search(parser.peek(argv).choice)
-    parser.set_defaults(**{name: searched[name] for name in ("dataset", "image_size", "data_dir") if name in searched})
+    brought = {name: searched[name] for name in ("dataset", "image_size", "data_dir") if name in searched}
+    parser.adopt(brought, "the file that --choice names")
     asked = parser.peek(argv)
     if asked.dataset != searched.get("dataset", asked.dataset):  # another one than the search's
         parser.set_defaults(image_size=None, data_dir="./data")
@@ -116,7 +117,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | N
         utils.refuse_candidates(checkpoint, list(CANDIDATES), str(last))
         if "init" not in before:
             raise UserError(f"{last} is of an earlier version, whose learning rate fell otherwise; start again")
-        parser.set_defaults(**{name: value for name, value in before.items() if name not in ANEW})
+        kept = {name: value for name, value in before.items() if name not in ANEW}
+        if missing := vars(args).keys() - ANEW - kept.keys():
+            raise UserError(f"{last} is not a whole checkpoint: its args lack {', '.join(sorted(missing))}")
+        parser.adopt(kept, str(last), optional=["init"])
         args = parser.parse_args(argv)
     args.cutout = args.image_size // 2 if args.cutout is None else args.cutout
     args.supernet_accuracy = searched.get("accuracy")
@@ -147,7 +151,7 @@ def read_search(text: str | None) -> dict:
     if text is None or not os.path.isfile(utils.path(text)):
         return {}
     found = utils.read_json(Path(utils.path(text)))
-    if not {"choice", "accuracy"} <= found.keys():
+    if "choice" not in found or not isinstance(found.get("accuracy"), int | float):
         raise UserError(f"{text} holds no choice; is it a search.json of random_search.py?")
     utils.refuse_candidates(found, list(CANDIDATES), text)
     return found
@@ -156,19 +160,19 @@ def read_search(text: str | None) -> dict:
 def read_choice(text: str) -> str:
     """A choice as 1-0-3-..., from numbers with hyphens, commas or blanks between them."""
     numbers = re.split(r"[-,\s]+", str(text).strip("[] "))
-    if len(numbers) != len(CHANNELS) or not all(n.isdecimal() and int(n) < len(CANDIDATES) for n in numbers):
+    if len(numbers) != len(CHANNELS) or not set(numbers) <= set(map(str, range(len(CANDIDATES)))):
         raise UserError(
             f"--choice {str(text)[:100]} is neither {len(CHANNELS)} numbers from 0 to {len(CANDIDATES) - 1}, "
             "like 1-0-3-..., nor an existing file"
         )
-    return format_choice(map(int, numbers))
+    return "-".join(numbers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, validates and records every epoch; a single architecture is measured on the test images at the end."""
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
-    with utils.owned_folder(folder, "--exp_name"):
+    with utils.owned_folder(folder, "--exp_name or --out_dir"):
         check_folder(folder, args)
         run(folder, args, checkpoint)
 
@@ -198,8 +202,10 @@ def run(folder: Path, args: argparse.Namespace, checkpoint: dict | None) -> None
     optimizer = build_optimizer(model, args, checkpoint["optimizer"] if checkpoint else None)
 
     if checkpoint is None and utils.rank() == 0:
+        if (folder / "search").is_dir():
+            with utils.owned_folder(folder / "search", "--exp_name"):  # a search may be at work
+                utils.delete_files(folder / "search", utils.SEARCH_FILES)
         utils.delete_files(folder, utils.RUN_FILES)
-        utils.delete_files(folder / "search", utils.SEARCH_FILES)
     utils.open_log(folder / "log.txt")
     if checkpoint:
         log.info(f"resuming after epoch {len(rows)}")

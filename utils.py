@@ -44,9 +44,10 @@ SEARCH_FILES = "args.json", "log.txt", "paths.csv", "search.json", "histogram.pn
 SEARCH_FILES += "evolution.png", "standalone.png"
 
 
-# What the operating system may refuse for no fault of this code: room, permission, open files, long names, memory.
+# What the operating system may refuse for no fault of this code: room, permission, open files, memory, odd paths.
 REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-REFUSALS |= {errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+REFUSALS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EIO}
+REFUSALS |= {getattr(errno, name, errno.ENOSPC) for name in ("EDQUOT", "ESTALE")}
 
 
 # What torch.load raises for files that are none of its own.
@@ -114,13 +115,17 @@ def path(text: str) -> str:
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: a finite int or float from low to high, greater than `above` and less than `below`."""
+    """An argparse type: a finite int or float from low to high, greater than `above` and less than `below`.
+
+    An int is at most a billion unless `high` says otherwise.
+    """
+    high = 10**9 if kind is int and high == math.inf else high
 
     def parse(text: str) -> float:
         value = kind(text)
         limits = {"at least": low, "at most": high, "above": above, "below": below}
         if not (low <= value <= high and above < value < below and math.isfinite(value)):
-            allowed = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+            allowed = [f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)]
             kinds = "a finite number" if kind is float else "a whole number"
             raise argparse.ArgumentTypeError(f"{text} is not {kinds} {' and '.join(allowed)}")
         return value
@@ -158,6 +163,25 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?" if near else ""
         super().error(message)
 
+    def adopt(self, recorded: dict, source: str, optional: Sequence[str] = ()) -> None:
+        """Makes recorded values the defaults; raises UserError for one that the command line would refuse.
+
+        None is taken for what is `optional` or has no default.
+        """
+        for action in self._actions:
+            if action.dest not in recorded:
+                continue
+            value = recorded[action.dest]
+            try:
+                valid = isinstance(value, bool) if action.nargs == 0 else (action.type or str)(str(value)) == value
+            except (ValueError, argparse.ArgumentTypeError):
+                valid = False
+            if value is None and (action.default is None or action.dest in optional):
+                valid = True
+            elif not valid or (action.choices and value not in action.choices):
+                raise UserError(f"{source} was edited or is damaged: {action.dest} is {repr(value)[:100]}")
+            self.set_defaults(**{action.dest: value})
+
     def peek(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """What the command line asks for, before the defaults that depend on it are set and --help can show them."""
         argv = sys.argv[1:] if argv is None else argv
@@ -171,7 +195,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--no_cuda_graphs", action="store_true", help="do not replay blocks as CUDA graphs")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     add("--device", default="auto", help="auto: an accelerator if there is one, else cpu")
-    add("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that read images")
+    add("--workers", type=number(int, 0, 1000), default=min(4, os.cpu_count() or 1), help="processes that read images")
 
 
 def refuse_changes(before: dict, now: dict, what: str, advice: str) -> None:
@@ -268,7 +292,7 @@ def pick_device(name: str) -> torch.device:
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         found = ["cpu"]
         if accelerator := torch.accelerator.current_accelerator(check_available=True):
             found += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
@@ -439,7 +463,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -472,9 +496,14 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is not a checkpoint of supernet.py, or is damaged ({reason})") from None
     expected = {"model": dict, "optimizer": dict, "epoch": int, "args": dict, "data": dict, "metrics": list}
     found = content if isinstance(content, dict) else {}
-    if not all(isinstance(found.get(name), kind) for name, kind in expected.items()):
+    whole = all(isinstance(found.get(name), kind) for name, kind in expected.items())
+    if not whole or not all(isinstance(name, str) for name in found["model"]):
         holds = sorted(map(str, found))[:5] or type(content).__name__
         raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {holds}, not {list(expected)}")
+    needed = {"args": ("choice", "exp_name", "data_dir", "epochs", "supernet_accuracy")}
+    needed |= {"data": ("name", "image_size", "classes", "mean", "std", "images")}
+    if missing := [f"{part}[{name!r}]" for part in needed for name in needed[part] if name not in content[part]]:
+        raise UserError(f"{path} is not a whole checkpoint of supernet.py: it lacks {', '.join(missing)}")
     for prefix in ("module.", "_orig_mod."):  # of wrappers for several GPUs and of torch.compile
         consume_prefix_in_state_dict_if_present(content["model"], prefix)
     return content | {"sha256": hashlib.sha256(file).hexdigest()}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -185,17 +184,18 @@ def _digits(image_size: int) -> Dataset:
 
 def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
     """train/<class>/ and val/<class>/ or test/<class>/; the search split comes out of train unless it has its own."""
-    names = _class_folders(root / "train")
+    names, known = _class_folders(root / "train"), {}
     if len(names) < 2:
         raise UserError(f"{root / 'train'} has one class only ({names[0]}); it needs a folder for each of two or more")
-    whole = _scan(root / "train", names)
+    whole = _scan(root / "train", names, names, known)
     counts = torch.bincount(whole.labels, minlength=len(names)).tolist()
     if few := [name for name, count in zip(names, counts, strict=True) if count < 2]:
         raise UserError(f"{root / 'train' / few[0]} holds fewer than 2 images, so none could be held out of training")
     has_test = name == "folder" and (root / "test").is_dir()
-    test = _scan(root / ("test" if has_test else "val"), names)
+    held = root / ("test" if has_test else "val")
+    test = _scan(held, _class_folders(held), names, known)
     if has_test and (root / "val").is_dir():
-        train, search = whole, _scan(root / "val", names)
+        train, search = whole, _scan(root / "val", _class_folders(root / "val"), names, known)
     else:
         most = 50 if name == "imagenet" else len(whole)  # 50 a class are the paper's 50,000 validation images
         train, search = _hold_out(whole, [min(most, max(1, count // 10)) for count in counts])
@@ -214,15 +214,19 @@ def _folders(name: str, root: Path, image_size: int, workers: int) -> Dataset:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Sorted names of the class folders; hidden ones and those of tools (__MACOSX) are passed over."""
+    """Sorted names of the class folders; what else lies beside them, hidden or a tool's (__MACOSX), is named."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)")
-    names = sorted((entry.name for entry in os.scandir(folder) if entry.is_dir()), key=os.fsencode)
-    if passed := [name for name in names if name.startswith((".", "__"))]:
-        log.info(f"passed over in {folder}: {', '.join(passed)}")
-    if len(passed) == len(names):
+    names, passed = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
+        is_class = entry.is_dir() and not entry.name.startswith((".", "__"))
+        (names if is_class else passed).append(entry.name)
+    if passed:
+        more = f" and {len(passed) - 5} more" if len(passed) > 5 else ""
+        log.info(f"passed over in {folder}: {', '.join(passed[:5])}{more}")
+    if not names:
         raise UserError(f"{folder} has no class folders; it needs one folder per class with that class's images")
-    return [name for name in names if name not in passed]
+    return names
 
 
 def _portable(name: str) -> str:
@@ -230,39 +234,27 @@ def _portable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
-def _scan(folder: Path, classes: list[str]) -> Split:
-    """The image files below a folder, with the class numbers of the training folder.
+def _scan(folder: Path, found: list[str], classes: list[str], known: dict[str, Path]) -> Split:
+    """The image files of the class folders `found`, with the class numbers of the training folder.
 
-    Links to folders are followed, each folder is read once. What else lies there is counted and named.
+    known: the class folder of every image so far, by its real path, since links are followed. Raises UserError if an
+    image is in another one too. What else lies there is counted and named.
     """
-    found = _class_folders(folder)
     if unknown := [name for name in found if name not in classes]:
         raise UserError(f"{folder / unknown[0]} is a class that the training folder does not have")
-    files, labels, passed, seen = [], [], Counter(), set()
-
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
-
+    files, labels, passed = [], [], Counter()
     for name in found:
-        entries = []
-        for place, inside, names in os.walk(folder / name, followlinks=True, onerror=refuse):
-            if (real := os.path.realpath(place)) in seen:
-                passed["links to folders that are read already"] += 1
-                inside.clear()
+        entries = _images(str(folder / name), passed, set())
+        for place, file, real in sorted(entries, key=lambda entry: tuple(map(os.fsencode, entry[:2]))):
+            path = os.path.join(place, file)
+            if known.get(real, folder / name) != folder / name:
+                raise UserError(f"{path} is in {known[real]} as well; an image has one class and belongs to one split")
+            if real in known:
+                passed["links to images that are read already"] += 1
                 continue
-            seen.add(real)
-            hidden = [entry for entry in inside if entry.startswith((".", "__"))]
-            passed["hidden folders"] += len(hidden)
-            inside[:] = [entry for entry in inside if entry not in hidden]
-            for file in names:
-                kind = os.path.splitext(file)[1].lower()
-                if file.startswith(".") or kind not in IMG_EXTENSIONS:
-                    passed["hidden files" if file.startswith(".") else f"{kind or 'other'} files"] += 1
-                else:
-                    entries.append((place, file))
-        entries.sort(key=lambda entry: tuple(map(os.fsencode, entry)))
-        files += [os.path.join(*entry) for entry in entries]
-        labels += [classes.index(name)] * len(entries)
+            known[real] = folder / name
+            files.append(path)
+            labels.append(classes.index(name))
     passed = [f"{count} {what}" for what, count in sorted(passed.items()) if count]
     if passed:
         log.info(f"passed over in {folder}: {', '.join(passed)}")
@@ -272,6 +264,35 @@ def _scan(folder: Path, classes: list[str]) -> Split:
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         log.info(f"no images in {folder} of {len(empty)} classes: {', '.join(empty[:5])}")
     return Split(files, torch.tensor(labels))
+
+
+def _images(place: str, passed: Counter, seen: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Folder, name and real path of each image below a folder; counts in `passed` what is none."""
+    real = os.path.realpath(place)
+    if real in seen:
+        passed["links to folders that are read already"] += 1
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(place), key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+    for entry in entries:
+        kind = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            if entry.name.startswith((".", "__")):
+                passed["hidden folders"] += 1
+            else:
+                yield from _images(entry.path, passed, seen)
+        elif entry.name.startswith("."):
+            passed["hidden files"] += 1
+        elif not entry.is_file():
+            passed["broken links, pipes or sockets"] += 1
+        elif kind not in IMG_EXTENSIONS:
+            passed[f"{kind or 'other'} files"] += 1
+        else:
+            target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            yield place, entry.name, target
 
 
 def read_image(path: str) -> Image.Image:
@@ -291,7 +312,9 @@ def read_image(path: str) -> Image.Image:
             if max(image.size) > longest:
                 image = transform.center_crop(image, [min(side, longest) for side in image.size[::-1]])
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise UserError(f"{path} cannot be read as an image ({error}); mend or remove it") from None
 
 

@@ -61,7 +61,10 @@ def read_rows(path: Path, check: Callable[[tuple[int, ...]], object] = tuple) ->
         try:
             row = Row(**{name: kind(cells.get(name, "nan")) for name, kind in kinds.items()})
             check(row.choice)
-            if None in cells or row.index < 0 or row.generation < BASELINE or row.accuracy < 0 or row.accuracy > 100:
+            possible = row.index >= 0 and row.generation >= BASELINE and not (row.loss < 0 or row.half_loss < 0)
+            possible &= all(0 <= accuracy <= 100 for accuracy in (row.accuracy, row.half_accuracy))
+            possible &= all(0 < cost < math.inf for cost in (row.flops_m, row.params_m))
+            if None in cells or not possible:
                 raise ValueError
         except (TypeError, ValueError):
             raise UserError(f"{path}, line {line}: not a row of that table; mend or delete the line") from None
@@ -75,10 +78,13 @@ def read_rows(path: Path, check: Callable[[tuple[int, ...]], object] = tuple) ->
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.csv, with None where there was no validation; raises UserError if it is not one."""
-    try:
-        return [{k: float(v) if v else None for k, v in row.items()} for _, row in read_csv(path, METRICS)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} holds a cell that is no number ({error})") from None
+    rows = []
+    for line, cells in read_csv(path, METRICS):
+        try:
+            rows.append({name: float(cell) if cell else None for name, cell in cells.items()})
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {line}: not a row of that table; mend or delete the line") from None
+    return rows
 
 
 def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str]) -> None:
@@ -100,6 +106,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (UnicodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV table in UTF-8 ({error})") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of the same name")
     if missing := [name for name in columns if name not in names]:
         raise UserError(f"{path} is another table: it has no column {missing[0]}")
     return rows

@@ -36,7 +36,7 @@ from data.records import (
     reliability,
 )
 from model import CHANNELS
-from utils import UserError, read_json, replacing, run_script
+from utils import UserError, log, open_log, read_json, replacing, run_script
 
 MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
 
@@ -58,7 +58,7 @@ def save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     if __name__ == "__main__":
-        print(f"wrote {path}")
+        log.info(f"wrote {path}")
 
 
 def values(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -265,6 +265,7 @@ def main() -> None:
     add("--split", choices=("search", "test"), help="images that a search scored on (default: as args.json beside it)")
     add("--rank_by", choices=("loss", "accuracy"), help="what a search ranked by (default: as args.json beside it)")
     args = parser.parse_args()
+    open_log(None)
     if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
     rows, folder, alone = [], None, {}
@@ -273,9 +274,13 @@ def main() -> None:
         made_with = read_json(beside) if path.suffix == ".csv" and beside.exists() else {}
         if path.suffix == ".json":
             result = read_json(path)
-            if "test_accuracy" not in result:
-                raise UserError(f"{path} is not the result.json of an architecture that was trained alone")
-            alone.setdefault(parse_choice(result["choice"]), []).append(result["test_accuracy"])
+            try:
+                choice, accuracy = parse_choice(result["choice"]), float(result["test_accuracy"])
+                check(choice)
+            except (LookupError, AttributeError, TypeError, ValueError):
+                message = f"{path} is not the result.json of an architecture that was trained alone"
+                raise UserError(message) from None
+            alone.setdefault(choice, []).append(accuracy)
         elif any("train_loss" in row for _, row in read_csv(path, [])):
             kind = "random paths, each batch's own statistics" if made_with.get("choice") is None else "search split"
             plot_training(read_metrics(path), path.with_name("training.png"), kind if made_with else "held out")
@@ -288,7 +293,8 @@ def main() -> None:
     if alone and not rows:
         raise UserError("result.json files need the paths.csv of the search that scored their architectures")
     if alone:
-        print("\n".join(plot_standalone(rows, alone, folder / "standalone.png", by)))
+        for line in plot_standalone(rows, alone, folder / "standalone.png", by):
+            log.info(line)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import io
+import os
 import random
 import zlib
 from pathlib import Path
@@ -258,6 +259,26 @@ def test_hidden_and_tool_folders_are_no_classes_and_hold_no_images(tree, tmp_pat
     assert dataset.test.labels.tolist() == [0, 1]
 
 
+def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp_path, caplog):
+    """mindspore-lab/mindocr#538 and its like: linked files and folders, broken links, pipes."""
+    tree({"train/a": 4, "train/b": 4, "train/b/more": 2, "val/a": 1})
+    (tmp_path / "train/a/copy.png").symlink_to("000.png")
+    (tmp_path / "train/a/gone.png").symlink_to("nowhere.png")
+    (tmp_path / "train/c").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "train/b/pipe.png")
+    with caplog.at_level("INFO"):
+        assert len(load_dataset("folder", str(tmp_path), 8).train) == 8
+    for said in ("1 links to images that are read already", "2 broken links, pipes or sockets", "train: c"):
+        assert said.removeprefix("2 ") in caplog.text
+    (tmp_path / "val/b").symlink_to(tmp_path / "train/b/more")
+    assert "belongs to one split" in refusal("folder", str(tmp_path), 8)
+    (tmp_path / "val/b").unlink()
+    for link, target in (("friends", "../b/more"), ("friend.png", "../b/000.png")):
+        (tmp_path / "train/a" / link).symlink_to(target)
+        assert "an image has one class" in refusal("folder", str(tmp_path), 8)
+        (tmp_path / "train/a" / link).unlink()
+
+
 @pytest.mark.parametrize(
     ("counts", "named", "said"),
     [
@@ -358,7 +379,9 @@ def test_an_exif_orientation_is_ignored_in_training_and_evaluation(tmp_path, ima
 def damaged_files() -> dict[str, bytes]:
     jpeg = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
     giant = b"P6 20000 10000 255\n"  # more pixels than Pillow accepts
-    return {"half.jpg": jpeg[: len(jpeg) // 2], "empty.jpg": b"", "gzip.JPEG": gzip.compress(jpeg), "giant.ppm": giant}
+    emf = b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60)  # on which Pillow divides by zero
+    files = {"half.jpg": jpeg[: len(jpeg) // 2], "empty.jpg": b"", "gzip.JPEG": gzip.compress(jpeg)}
+    return files | {"giant.ppm": giant, "emf.png": emf}
 
 
 @pytest.mark.parametrize("name", damaged_files())

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def folder_flags(folders: Path, *flags: str) -> list[str]:
     return [*where, "--image_size", "8", "--batch_size", "8", "--epochs", "1", *flags]
 
 
-def test_a_folder_has_one_owner_until_that_is_dead(run: Run, search: Run) -> None:
+def test_a_folder_has_one_owner_until_that_is_dead(run: Run, search: Run, tmp_path: Path) -> None:
     """openml/automlbenchmark#691, usnistgov/alignn#182: workers that outlive a killed owner hold nothing."""
     code = """import os, pathlib, sys, time, utils
 with utils.owned_folder(pathlib.Path(sys.argv[1]), "-"):
@@ -61,11 +62,49 @@ with utils.owned_folder(pathlib.Path(sys.argv[1]), "-"):
         worker = int(owner.stdout.readline())
         with pytest.raises(UserError, match="another process is at work"):
             script.main(flags)
+        if script is supernet:  # a search at work keeps its supernet's run from being deleted
+            (tmp_path / "net").mkdir()
+            shutil.copy(run.folder / "last.pth", tmp_path / "net")
+            (tmp_path / "net" / "search").symlink_to(folder)
+            with pytest.raises(UserError, match=r"another process is at work in .*search"):
+                script.main([*run.flags, "--out_dir", str(tmp_path), "--exp_name", "net", "--overwrite"])
+            assert (tmp_path / "net" / "last.pth").exists()
         owner.kill()
         owner.wait()
         owner.stdout.close()
         script.main(flags)
         os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"dataset": "nosuch"},
+        {"dataset": None},
+        {"image_size": 8.0},
+        {"image_size": -3},
+        {"data_dir": 5},
+        {"accuracy": "high"},
+        {"choice": None},
+    ],
+)
+def test_a_search_json_that_was_edited_is_refused(search: Run, tmp_path: Path, edit: dict) -> None:
+    path = tmp_path / "search.json"
+    path.write_text(json.dumps(json.loads((search.folder / "search.json").read_text()) | edit))
+    with pytest.raises(UserError):
+        supernet.parse_args(["--choice", str(path)])
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        supernet.parse_args(["--choice", str(path)])
+
+
+def test_a_run_of_which_a_setting_is_lost_is_refused(run: Run, tmp_path: Path) -> None:
+    content = torch.load(run.folder / "last.pth")
+    del content["args"]["momentum"]
+    (tmp_path / "net").mkdir()
+    torch.save(content, tmp_path / "net" / "last.pth")
+    with pytest.raises(UserError, match="its args lack momentum"):
+        supernet.parse_args(["--out_dir", str(tmp_path), "--exp_name", "net", "--resume"])
 
 
 def test_a_command_that_is_refused_leaves_no_folder(run: Run, tmp_path: Path) -> None:
@@ -196,6 +235,7 @@ def test_limits_in_another_unit_are_noticed(search: Run, capsys: pytest.CaptureF
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "runs/x: No space left"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (OSError(errno.EISDIR, "Is a directory", "runs/x/log.txt"), "runs/x/log.txt: Is a directory"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "File name too long"),
         (MemoryError("Unable to allocate 36.9 GiB"), "out of memory"),
         (

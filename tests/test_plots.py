@@ -64,7 +64,9 @@ def test_a_table_is_enough_to_redraw_without_a_display(run: Run, search: Run, tm
     [
         ("paths.csv", "index,choice,accuracy,half_accuracy,loss,flops_m,params_m,generation\n", "no random architect"),
         ("search.json", "{}", "not the result.json"),
-        ("result.json", '{"choice": "0-1", "test_accuracy": 50}', "need the paths.csv"),
+        ("result.json", '{"choice": "0-1", "test_accuracy": 50}', "not the result.json"),
+        ("result.json", '{"choice": [0], "test_accuracy": null}', "not the result.json"),
+        ("result.json", json.dumps({"choice": format_choice((0,) * 20), "test_accuracy": 50}), "need the paths.csv"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch, name: str, content: str, message: str) -> None:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from blocks import CANDIDATES
 from conftest import TIMEOUT, TINY, Run, assert_same_record, noise, start
 from data.datasets import calibration_images, load_dataset
 from data.loaders import Batches
-from data.records import BASELINE, Row, best_first, format_choice, parse_choice, read_rows
+from data.records import BASELINE, Row, best_first, format_choice, parse_choice, read_rows, write_rows
 from model import Choice, SearchSpace, Supernet
 from random_search import Scorer, build_tree
 from utils import SEARCH_FILES, UserError, load_checkpoint, newest_supernet, open_log
@@ -426,6 +426,43 @@ def test_a_record_with_a_candidate_that_is_not_there_is_refused_with_its_line(se
         random_search.main([*search.flags, "--search_dir", str(tmp_path / "bad")])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("split", "nosuch"),
+        ("precision", None),
+        ("num_paths", 6.5),
+        ("num_paths", -3),
+        ("generations", None),
+        ("seed", "0"),
+        ("checkpoint", None),
+        ("rank_by", ["loss"]),
+    ],
+)
+def test_recorded_settings_that_were_edited_are_refused(search: Run, tmp_path: Path, name: str, value: object) -> None:
+    shutil.copytree(search.folder, tmp_path / "bad")
+    settings = json.loads((search.folder / "args.json").read_text()) | {name: value}
+    (tmp_path / "bad/args.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "checkpoint" or v}))
+    flags = ["--ckpt", search.flags[1], "--search_dir", str(tmp_path / "bad")]
+    with pytest.raises(UserError, match=f"{name} is|no args.json beside it"):
+        random_search.main(flags)
+
+
+@pytest.mark.parametrize("spoiled", ["sha256", "top"])
+def test_only_test_accuracies_of_the_same_weights_are_kept(search: Run, tmp_path: Path, spoiled: str) -> None:
+    shutil.copytree(search.folder, tmp_path / "copy")
+    result = found(search.folder)
+    edited = json.loads(json.dumps(result))
+    edited["top"][0]["test_accuracy"] = 99.99
+    if spoiled == "sha256":
+        edited["checkpoint"]["sha256"] = "0123"
+    else:
+        edited["top"][1] = None
+    (tmp_path / "copy/search.json").write_text(json.dumps(edited))
+    random_search.main([*search.flags, "--search_dir", str(tmp_path / "copy")])
+    assert found(tmp_path / "copy")["top"] == result["top"]
+
+
 def test_a_record_of_another_checkpoint_is_refused(search: Run, tmp_path: Path) -> None:
     settings = json.loads((search.folder / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(settings | {"checkpoint": "0123"}))
@@ -459,7 +496,7 @@ def test_a_folder_that_is_not_for_a_search_is_refused_before_any_work(
         assert len(record(tmp_path / "table")) == 5 and (tmp_path / "table/notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("device", ["cuda:63", "meta"])
+@pytest.mark.parametrize("device", ["cuda:63", "meta", "privateuseone"])
 def test_a_device_that_cannot_be_used_is_refused_with_those_that_can(search: Run, device: str) -> None:
     """LuyaooChen/uninformed-students-pytorch#3; "meta" is always there and computes nothing."""
     with pytest.raises(UserError, match=f"--device {device} cannot be used; this machine has cpu"):
@@ -489,7 +526,7 @@ def test_the_newest_supernet_is_taken(run: Run, tmp_path: Path, monkeypatch, cap
             random_search.main(argv)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", "half", "folder", "missing", "bare state", "other classes"])
+@pytest.mark.parametrize("content", [b"", b"hello", "half", "folder", "missing", "bare state", "other classes", "part"])
 def test_a_file_that_is_no_checkpoint_of_ours_is_named(run: Run, tmp_path: Path, content: bytes | str) -> None:
     """sml2h3/dddd_trainer#36, guyuchao/iNAS#1, bearpaw/pytorch-classification#27."""
     path, whole = tmp_path / "x.pth", load_checkpoint(run.folder / "last.pth")
@@ -501,6 +538,8 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(run: Run, tmp_path: Path,
         path.mkdir()
     elif content == "bare state":
         torch.save(whole["model"], path)
+    elif content == "part":
+        torch.save(whole | {"data": {}}, path)
     elif content == "other classes":
         torch.save(whole | {"data": whole["data"] | {"classes": ["a", "b"]}}, path)
     with pytest.raises(UserError) as error:
@@ -605,6 +644,16 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_table(space: Searc
     for less in (["--num_paths", "7"], [], ["--generations", "1"]):
         assert searched(space, tmp_path / "less", less) == [row for row in whole if row in record(tmp_path / "less")]
     assert searched(space, tmp_path / "less", flags) == whole
+
+
+@pytest.mark.parametrize("edit", [{"index": 77}, {"choice": (0, 1) * 10}])
+def test_a_record_whose_rows_were_edited_is_refused(space: SearchSpace, tmp_path: Path, edit: dict) -> None:
+    """Of draws, baselines and children alike: they would be counted beside what belongs in their place."""
+    rows = searched(space, tmp_path, ["--generations", "1"])
+    for at in (0, 6, 18):
+        write_rows(tmp_path / "paths.csv", [*rows[:at], replace(rows[at], **edit), *rows[at + 1 :]])
+        with pytest.raises(UserError, match=f"paths.csv was edited: generation {rows[at].generation}"):
+            searched(space, tmp_path, ["--generations", "1"])
 
 
 def test_draws_are_different_and_the_first_stay_when_more_are_asked_for(space: SearchSpace, tmp_path: Path) -> None:

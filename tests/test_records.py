@@ -98,6 +98,10 @@ def test_blank_lines_are_passed_over_and_count(tmp_path: Path, lines: list[str])
         "3,{c},fifty,5,1,1,9,2,0",
         "3,{c},400,5,1,1,9,2,0",
         "3,{c},5,5,,1,9,2,0",
+        "3,{c},nan,5,1,1,9,2,0",
+        "3,{c},5,inf,1,1,9,2,0",
+        "3,{c},5,5,-1,1,9,2,0",
+        "3,{c},5,5,1,1,nan,2,0",
         "1.5,{c},5,5,1,1,9,2,0",
         "-3,{c},5,5,1,1,9,2,0",
         "3,{c},5,5,1,1,9,2,-7",
@@ -129,6 +133,7 @@ def test_a_cut_or_joined_line_and_an_impossible_number_are_refused_with_the_line
         (b"index,choice\xff\n", "not a CSV table in UTF-8"),
         (b"epoch,lr\n1,0.1\n", "another table: it has no column index"),
         (b"", "another table"),
+        (b"index,choice,loss,loss\n", "two columns of the same name"),
     ],
 )
 def test_what_is_no_table_of_ours_is_refused_with_its_name(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -143,7 +148,7 @@ def test_metrics_have_none_where_nothing_was_validated(tmp_path: Path) -> None:
     write_csv(tmp_path / "metrics.csv", rows, METRICS)
     assert read_metrics(tmp_path / "metrics.csv") == rows
     write_csv(tmp_path / "metrics.csv", [rows[0] | {"lr": "much"}], METRICS)
-    with pytest.raises(UserError, match=r"metrics\.csv .*much"):
+    with pytest.raises(UserError, match=r"metrics\.csv, line 2"):
         read_metrics(tmp_path / "metrics.csv")
 
 

@@ -109,7 +109,7 @@ def test_an_old_run_is_not_overwritten_unless_asked(run: Run, tmp_path: Path) ->
         train(tmp_path)
     assert (folder / "last.pth").read_bytes() == before
     train(tmp_path, "--overwrite", "--no_cuda_graphs")
-    assert len(metrics(folder)) == 1 and [path.name for path in (folder / "search").iterdir()] == ["notes.md"]
+    assert len(metrics(folder)) == 1 and [path.name for path in (folder / "search").glob("[!.]*")] == ["notes.md"]
     assert (folder / "notes.md").read_text() == (folder / "search/notes.md").read_text() == "mine"
     args, checkpoint = supernet.parse_args(resume(folder))  # both flags were for that command only
     assert checkpoint["epoch"] == 1 and not args.overwrite and not args.no_cuda_graphs
@@ -470,7 +470,7 @@ def test_a_wrong_choice_is_refused(run: Run, tmp_path: Path, monkeypatch, choice
         train(tmp_path, "--choice", choice)
 
 
-WRONG = """--batch_size 0; --learning_rate -1; --weight_decay -0.1; --cutout 32;
+WRONG = """--epochs 99999999999; --workers 9999; --batch_size 0; --learning_rate -1; --weight_decay -0.1; --cutout 32;
 --seed -1; --seed 4294967296; --seed abc; --workers -1; --epo 3; --resume False; --resume --overwrite; --train_on all;
 --init zero; --init_from last.pth; --init_from last.pth --init official --choice ZEROS; --image_size 64;
 --exp_name ../up; --exp_name ..; --exp_name a:b; --dataset mnist; --local_rank=0; --local-rank=0"""
