@@ -219,13 +219,7 @@ def search(scorer: Scorer, space: SearchSpace, args: argparse.Namespace, record:
             drawn, wanted = space.breed(choices, taken, args.population, args.mutation_prob, rng), []
         wanted += [Row(i, choice, generation=generation) for i, choice in enumerate(drawn)]
 
-        place = {(row.generation, row.choice): row.index for row in wanted}
-        drawn_at = {(row.generation, row.index): row.choice for row in wanted}
-        for row in rows:
-            at, choice = place.get((row.generation, row.choice)), drawn_at.get((row.generation, row.index))
-            if at not in (None, row.index) or choice not in (None, row.choice):
-                where = f"generation {row.generation}, index {row.index}"
-                raise UserError(f"{record} was edited: {where} is not what --seed draws there; --overwrite deletes it")
+        refuse_edits(record, rows, wanted)
 
         # Group neighbours, which share most work. In random order: what an interrupted search leaves is a fair sample.
         known = {(row.generation, row.choice) for row in rows}
@@ -253,6 +247,18 @@ def search(scorer: Scorer, space: SearchSpace, args: argparse.Namespace, record:
             line += f"{sum(row.generation == generation for row in rows)} paths  "
             line += f"best {best[0].accuracy:.2f}%  " if best else ""
             log.info(f"{line}{pace:.2f}s a path  left {utils.duration(left)}")
+
+
+def refuse_edits(record: Path, rows: list[Row], wanted: list[Row]) -> None:
+    """Raises UserError if a recorded row has the place or the choice of a wanted one, but not both."""
+    places = {(row.generation, row.choice): row.index for row in wanted}
+    choices = {(row.generation, row.index): row.choice for row in wanted}
+    for row in rows:
+        index = places.get((row.generation, row.choice), row.index)
+        choice = choices.get((row.generation, row.index), row.choice)
+        if (index, choice) != (row.index, row.choice):
+            where = f"generation {row.generation}, index {row.index}"
+            raise UserError(f"{record} was edited: {where} is not what --seed draws there; --overwrite deletes it")
 
 
 def score_group(scorer: Scorer, space: SearchSpace, group: list[Row]) -> list[Row]:
@@ -321,10 +327,9 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
         if drawn > args.num_paths:
             log.info(f"warning: the results will be those of the first {args.num_paths} random draws alone")
     model = model.to(device, memory_format=utils.memory_format(device, args.precision))
-    calibration = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
     how = device, args.workers, args.precision
-    if calibration is not None:
-        calibration = Batches(dataset, calibration, CALIBRATION_BATCH, *how)
+    chosen = calibration_images(dataset, args.calibration_images, CALIBRATION_BATCH)
+    calibration = Batches(dataset, chosen, CALIBRATION_BATCH, *how) if chosen else None
     scored = dataset.search if args.split == "search" else dataset.test
     scorer, test = (
         Scorer(model, calibration, Batches(dataset, split, args.batch_size, *how), args.precision)
@@ -337,8 +342,6 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
     log.info(f"graphs       {graphs}")
 
     search(scorer, space, args, record, rows)
-    rows = [row for row in rows if row.generation <= args.generations]
-    rows = [row for row in rows if row.generation or row.index < args.num_paths]
     if utils.rank() == 0:
         report(folder, checkpoint, args, rows, test)
 
@@ -395,6 +398,8 @@ def limited_space(model: Supernet, args: argparse.Namespace) -> SearchSpace:
 def report(folder: Path, checkpoint: dict, args: argparse.Namespace, rows: list[Row], test: Scorer) -> None:
     """Writes the choice, then measures it and the rest of the top k on the test images; draws; prints the summary."""
     images = len(test.scored.labels) if args.split == "test" else checkpoint["data"]["images"][1]
+    rows = [row for row in rows if row.generation <= args.generations]
+    rows = [row for row in rows if row.generation or row.index < args.num_paths]  # the record may hold more
     order = best_first(rows, args.rank_by)
     if not best_first([row for row in rows if row.generation == 0], args.rank_by):
         raise UserError(f"no path has a finite loss: the weights in {args.ckpt} are broken; the scores are in {folder}")

@@ -176,9 +176,9 @@ class Parser(argparse.ArgumentParser):
                 valid = isinstance(value, bool) if action.nargs == 0 else (action.type or str)(str(value)) == value
             except (ValueError, argparse.ArgumentTypeError):
                 valid = False
-            if value is None and (action.default is None or action.dest in optional):
-                valid = True
-            elif not valid or (action.choices and value not in action.choices):
+            valid = valid and (not action.choices or value in action.choices)
+            absent = value is None and (action.default is None or action.dest in optional)
+            if not (valid or absent):
                 raise UserError(f"{source} was edited or is damaged: {action.dest} is {repr(value)[:100]}")
             self.set_defaults(**{action.dest: value})
 
@@ -438,8 +438,8 @@ def owned_folder(folder: Path, flag: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if new and os.listdir(folder) == [".lock"]:
-                with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows removes no open file
+                if new and os.listdir(folder) == [".lock"]:
                     (folder / ".lock").unlink()
                     folder.rmdir()
 
