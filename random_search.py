@@ -301,8 +301,8 @@ def run(parser: utils.Parser, argv: Sequence[str] | None, path: Path, checkpoint
     settings |= {name: getattr(args, name) for name in EVOLUTION if args.generations or name in before}
     if before:
         advice = "take another --search_dir, or --overwrite to delete the search"
-        recorded = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
-        utils.refuse_changes(before, recorded, f"the search in {folder}", advice)
+        fixed = {name: value for name, value in settings.items() if name in before or name not in EVOLUTION}
+        utils.refuse_changes(before, fixed, f"the search in {folder}", advice)
     settings |= {name: getattr(args, name) for name in EXTENT}
     metadata, trained = checkpoint["data"], checkpoint["args"]
     utils.open_log(None)
