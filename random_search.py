@@ -32,14 +32,7 @@ from utils import UserError, log
 
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
 GROUP = 50  # paths that are scored together and recorded together
-SETTINGS = (
-    "split",
-    "seed",
-    "precision",
-    "calibration_images",
-    "min_flops",
-    "max_flops",
-)  # what scores and draws depend on
+SETTINGS = "split", "seed", "precision", "calibration_images", "min_flops", "max_flops"  # what scores and draws need
 EXTENT = "num_paths", "generations"  # may grow
 EVOLUTION = "population", "parents", "mutation_prob", "rank_by"  # what the children depend on as well
 
