@@ -500,7 +500,7 @@ def load_checkpoint(path: Path) -> dict:
     if not whole or not all(isinstance(name, str) for name in found["model"]):
         holds = sorted(map(str, found))[:5] or type(content).__name__
         raise UserError(f"{path} is not a checkpoint of supernet.py: it holds {holds}, not {list(expected)}")
-    needed = {"args": ("choice", "exp_name", "data_dir", "epochs", "supernet_accuracy")}
+    needed = {"args": ("choice", "exp_name", "data_dir", "epochs", "supernet_accuracy", "cutout")}
     needed |= {"data": ("name", "image_size", "classes", "mean", "std", "images")}
     if missing := [f"{part}[{name!r}]" for part in needed for name in needed[part] if name not in content[part]]:
         raise UserError(f"{path} is not a whole checkpoint of supernet.py: it lacks {', '.join(missing)}")

@@ -1,5 +1,6 @@
 """Batches on the device: normalised images and their labels, in a fixed order, or shuffled and augmented."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,7 +21,8 @@ class Batches:
 
     Small images live on the device as one uint8 tensor; files are read by worker processes as they are needed.
     Iterating goes through the split in order, the same on every rank; `share` gives a rank its part of that, `epoch`
-    its part of the shuffled, augmented batches of a training epoch. precision: that of the network they are for.
+    its part of the shuffled, augmented batches of a training epoch, and `augmented` augments in order. precision: that
+    of the network they are for.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Batches:
     ):
         self.dataset, self.batch_size, self.device, self.workers = dataset, batch_size, device, workers
         self.memory_format = memory_format(device, precision)
+        self.cutout_length: int | None = None  # in order, too, images are augmented unless it is None
         self.files = None if isinstance(split.images, Tensor) else split.images
         if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
             self.pixels = split.images.permute(0, 2, 3, 1).contiguous().to(device)
@@ -50,15 +53,24 @@ class Batches:
         """The numbers of this rank's batches and the batches; together the ranks have each one once."""
         return zip(range(rank(), len(self), world_size()), self._in_order(rank(), world_size()), strict=True)
 
+    def augmented(self, cutout_length: int = 0) -> "Batches":
+        """The same batches as training would see them; an image is augmented in the same way at every pass."""
+        batches = copy.copy(self)
+        batches.cutout_length = cutout_length
+        return batches
+
     def _in_order(self, first: int, step: int) -> Iterator[Batch]:
+        order = torch.arange(len(self.labels))
         # As equal as can be: statistics of a last batch of few images would be worth little.
-        batches = torch.arange(len(self.labels)).tensor_split(len(self))[first::step]
-        if self.files is None:
-            for indices in batches:
+        places = list(order.tensor_split(len(self))[first::step])
+        if self.cutout_length is not None:
+            yield from self._augmented(order, places, generator(0, "augmented in order"), self.cutout_length)
+        elif self.files is not None:
+            yield from self._streamed(places, streamed_transform(self.dataset.image_size, train=False))
+        else:
+            for indices in places:
                 images = self.pixels[indices[0] : indices[-1] + 1].permute(0, 3, 1, 2)
                 yield self._plain(images), self.labels[indices[0] : indices[-1] + 1]
-        else:
-            yield from self._streamed(batches, streamed_transform(self.dataset.image_size, train=False))
 
     def blank(self, count: int) -> Tensor:
         """A batch of zeros that lies on the device as the real ones do."""
@@ -77,16 +89,16 @@ class Batches:
         rng = generator(seed, f"images {epoch}")
         order = torch.randperm(len(self.labels), generator=rng)
         places = torch.arange(len(order)).split(self.batch_size)[: self.steps()]
-        places = [batch[rank() :: world_size()] for batch in places]
-        if self.files is None:
-            yield from self._augmented(order, places, rng, cutout_length)
-        else:
-            transform = streamed_transform(self.dataset.image_size, train=True)
-            seed = torch.randint(2**62, (1,), generator=rng).item()
-            yield from self._streamed([order[batch] for batch in places], transform, seed)
+        yield from self._augmented(order, [batch[rank() :: world_size()] for batch in places], rng, cutout_length)
 
     def _augmented(self, order: Tensor, places: list[Tensor], rng: torch.Generator, length: int) -> Iterator[Batch]:
         side = self.dataset.image_size
+        if self.files is not None:
+            seed = torch.randint(2**62, (1,), generator=rng).item()
+            yield from self._streamed([order[batch] for batch in places], streamed_transform(side, train=True), seed)
+            return
+        if not places:  # more ranks than batches
+            return
         padding = side // 8
         sizes = [len(batch) for batch in places]
         at_once = max(1, AUGMENTED // max(sizes))

@@ -282,7 +282,7 @@ def main() -> None:
                 raise UserError(message) from None
             alone.setdefault(choice, []).append(accuracy)
         elif any("train_loss" in row for _, row in read_csv(path, [])):
-            kind = "random paths, each batch's own statistics" if made_with.get("choice") is None else "search split"
+            kind = "random paths, as in a training step" if made_with.get("choice") is None else "search split"
             plot_training(read_metrics(path), path.with_name("training.png"), kind if made_with else "held out")
         else:
             rows, folder = read_rows(path, check), path.parent

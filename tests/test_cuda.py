@@ -225,7 +225,8 @@ def test_scores_hardly_depend_on_precision_and_graphs(trained: Path, monkeypatch
     for precision, graphs in (("fp32", False), ("fp32", True), ("bf16", True)):
         model = random_search.build_supernet(trained / "last.pth", checkpoint)
         model = model.to(DEVICE, memory_format=supernet.utils.memory_format(DEVICE, precision))
-        calibration = Batches(dataset, calibration_images(dataset, 1000, 250), 250, DEVICE, precision=precision)
+        chosen = calibration_images(dataset, 1000, 250)
+        calibration = Batches(dataset, chosen, 250, DEVICE, precision=precision).augmented(4)
         scored = Batches(dataset, dataset.search, 1000, DEVICE, precision=precision)
         scorer = random_search.Scorer(model, calibration, scored, precision)
         if graphs:

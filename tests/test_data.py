@@ -6,6 +6,7 @@ import io
 import os
 import random
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -481,15 +482,17 @@ def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(monk
     assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), "images and labels do not belong together"
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_an_epoch_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(name):
+def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(name, in_order):
     """Every pixel tells where it comes from; the drawn shift and mirroring must explain the whole image."""
     side, padding, count = 16, 2, 600
     rows, columns = np.mgrid[0:side, 0:side]
     source = np.stack((rows + 1, columns + 1, np.full_like(rows, 200))).astype(np.uint8)
     dataset = in_memory(torch.from_numpy(source).expand(count, -1, -1, -1), name)
     batches = Batches(dataset, dataset.train, 200, CPU)
-    found = np.concatenate([restored(images, dataset) for images, _ in batches.epoch(0, 0)])
+    drawn = batches.augmented() if in_order else batches.epoch(0, 0)
+    found = np.concatenate([restored(images, dataset) for images, _ in drawn])
     assert np.abs(found - found.round()).max() < 1e-3
     found = found.round().astype(int)
     flip = found[:, 1, 8, 8] < found[:, 1, 8, 7]
@@ -504,11 +507,13 @@ def test_an_epoch_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_d
     assert 240 < flip.sum() < 360 if name == "cifar10" else not flip.any()
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 6])
-def test_an_epoch_cuts_one_square_out_of_each_image_with_its_centre_anywhere(length):
+def test_augmentation_cuts_one_square_out_of_each_image_with_its_centre_anywhere(length, in_order):
     dataset = in_memory(torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2), mean=(101 / 255, 51 / 255, 7 / 255))
     batches = Batches(dataset, dataset.train, 200, CPU)
-    whole, cut = (torch.cat([images for images, _ in batches.epoch(0, 0, size)]) for size in (0, length))
+    drawn = batches.augmented if in_order else partial(batches.epoch, 0, 0)
+    whole, cut = (torch.cat([images for images, _ in drawn(size)]) for size in (0, length))
     holes = (cut == 0).all(1)  # with an odd mean and even pixels, nothing else is zero
     assert torch.equal(whole.masked_fill(holes[:, None], 0), cut) and not (whole == 0).any()
     starts = [centre - length // 2 for centre in range(16)]
@@ -537,15 +542,18 @@ def test_streamed_batches_depend_on_seed_and_epoch_alone_and_repeat_no_augmentat
     for workers in (0, 2):
         seed_everything(workers)
         batches = Batches(dataset, dataset.train, 5, CPU, workers)
-        runs.append([*batches.epoch(1, 2), *batches.epoch(1, 3), *batches])
-    assert [len(labels) for _, labels in runs[0]] == [5, 5, 5, 5, 4, 4, 4]
+        runs.append([*batches.epoch(1, 2), *batches.epoch(1, 3), *batches.augmented(), *batches.augmented(), *batches])
+    assert [len(labels) for _, labels in runs[0]] == [5, 5, 5, 5, *[4] * 9]
+    in_order = [torch.cat([labels for _, labels in runs[0][start : start + 3]]).tolist() for start in (4, 7, 10)]
+    assert in_order == [dataset.train.labels.tolist()] * 3
+    assert all(torch.equal(first, again) for (first, _), (again, _) in zip(runs[0][4:7], runs[0][7:10], strict=True))
     for (images, labels), (other_images, other_labels) in zip(*runs, strict=True):
         assert images.shape == (len(labels), 3, 96, 96) and images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
         brightest = restored(images, dataset).mean((2, 3)).argmax(1)
         assert [colours[channel] for channel in brightest] == [dataset.classes[label] for label in labels]
-    drawn = torch.cat([images for images, _ in runs[1][:4]])  # of equal files, in each class
-    assert len(drawn.unique(dim=0)) == len(drawn) == 20
+    drawn = torch.cat([images for images, _ in runs[1][:7]])  # of equal files, in each class
+    assert len(drawn.unique(dim=0)) == len(drawn) == 32
 
 
 def test_a_checkpoints_normalisation_is_adopted_and_other_data_refused():

@@ -184,6 +184,24 @@ def test_all_calibration_images_count_the_same(available: int, asked: int, monke
     torch.testing.assert_close(trees[0].statistics[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [0, 3])
+def test_calibration_images_are_augmented_as_the_supernets_training_images_were(
+    run: Run, tmp_path: Path, length: int
+) -> None:
+    """Statistics of plain images, without the dark borders of shifted ones, are not those that the weights know."""
+    checkpoint, dataset = load_checkpoint(run.folder / "last.pth"), load_dataset("digits", "", 8)
+    checkpoint["args"]["cutout"] = length
+    torch.save(checkpoint, tmp_path / "last.pth")
+    flags = ["--num_paths", "1", "--calibration_images", "250", "--top_k", "1"]
+    random_search.main(["--ckpt", str(tmp_path / "last.pth"), *flags])
+    images = Batches(dataset, calibration_images(dataset, 250, 250), 250, CPU)
+    row, losses = record(tmp_path / "search")[-1], []
+    for calibration in (images.augmented(length), images):
+        output = logits(calibrated(load(run)[0], row.choice, calibration), Batches(dataset, dataset.search, 300, CPU))
+        losses.append(F.cross_entropy(output, dataset.search.labels).item())
+    assert row.loss == pytest.approx(losses[0], abs=1e-4) and abs(row.loss - losses[1]) > 1e-3
+
+
 # What a search leaves
 
 
@@ -218,7 +236,8 @@ def test_what_is_printed_can_be_acted_on(search: Run) -> None:
 def test_the_test_accuracy_is_that_of_the_test_images(run: Run, search: Run) -> None:
     dataset, best = load_dataset("digits", "", 8), found(search.folder)["top"][0]
     chosen = calibration_images(dataset, 250, 250)
-    path = calibrated(load(run)[0], parse_choice(best["choice"]), Batches(dataset, chosen, 250, CPU))
+    images = Batches(dataset, chosen, 250, CPU).augmented()
+    path = calibrated(load(run)[0], parse_choice(best["choice"]), images)
     hits = logits(path, Batches(dataset, dataset.test, 100, CPU)).argmax(1) == dataset.test.labels
     assert best["test_accuracy"] == pytest.approx(100 * hits.float().mean().item(), abs=0.4)
 
@@ -463,10 +482,13 @@ def test_only_test_accuracies_of_the_same_weights_are_kept(search: Run, tmp_path
     assert found(tmp_path / "copy")["top"] == result["top"]
 
 
-def test_a_record_of_another_checkpoint_is_refused(search: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("checkpoint", "0123"), ("calibrated_on", "plain images")])
+def test_a_record_of_another_checkpoint_or_calibration_is_refused(
+    search: Run, tmp_path: Path, name: str, value: str
+) -> None:
     settings = json.loads((search.folder / "args.json").read_text())
-    (tmp_path / "args.json").write_text(json.dumps(settings | {"checkpoint": "0123"}))
-    with pytest.raises(UserError, match="has checkpoint 0123, this command"):
+    (tmp_path / "args.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(UserError, match=f"has {name} {value}, this command"):
         random_search.main([*search.flags, "--search_dir", str(tmp_path)])
 
 

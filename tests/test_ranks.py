@@ -114,9 +114,15 @@ def batches_of(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 11])
 def test_the_ranks_shares_of_a_validation_hold_every_image_once(batches_of, ranks: int) -> None:
-    batches = [batch for rank in range(ranks) for batch in batches_of(rank, ranks).share()]
-    assert sorted(number for number, _ in batches) == list(range(8))
-    assert sorted(label for _, (_, y) in batches for label in y.tolist()) == list(range(47))
+    """Augmented, too, in the same way for any number of ranks."""
+    whole, labels = list(batches_of(0, 1).augmented(3)), []
+    for rank in range(ranks):
+        plain, augmented = batches_of(rank, ranks).share(), batches_of(rank, ranks).augmented(3).share()
+        for (number, (x, y)), (same_number, (augmented_x, same_y)) in zip(plain, augmented, strict=True):
+            assert number == same_number and torch.equal(y, same_y) and torch.equal(y, whole[number][1])
+            assert torch.equal(augmented_x, whole[number][0]) and not torch.equal(augmented_x, x)
+            labels += y.tolist()
+    assert sorted(labels) == list(range(47))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
