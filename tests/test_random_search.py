@@ -400,7 +400,7 @@ def test_what_the_command_line_leaves_open_is_as_in_the_record(quick, run: Run, 
     random_search.main([*flags, "6", *(f"--{name}={value}" for name, value in chosen.items())])
     settings, rows = json.loads((tmp_path / "args.json").read_text()), record(tmp_path)
     checkpoint = {"checkpoint": hashlib.sha256((run.folder / "last.pth").read_bytes()).hexdigest()}
-    assert settings == chosen | checkpoint | {"generations": 1, "num_paths": 6}
+    assert settings == chosen | checkpoint | {"calibrated_on": "augmented images", "generations": 1, "num_paths": 6}
     random_search.main(flags[:4])  # as many paths and generations as before: nothing is left to do
     assert record(tmp_path) == rows
     random_search.main([*flags, "8"])
