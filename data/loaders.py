@@ -36,7 +36,7 @@ class Batches:
     ):
         self.dataset, self.batch_size, self.device, self.workers = dataset, batch_size, device, workers
         self.memory_format = memory_format(device, precision)
-        self.cutout_length: int | None = None  # in order, too, images are augmented unless it is None
+        self.cutout_length: int | None = None  # of the augmentation in order; None: there is none
         self.files = None if isinstance(split.images, Tensor) else split.images
         if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
             self.pixels = split.images.permute(0, 2, 3, 1).contiguous().to(device)
