@@ -19,7 +19,7 @@ from data.loaders import Batches
 from data.records import METRICS, read_csv
 from model import SearchSpace, Supernet
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; name this file")
 
 SIZE, BATCH = 16, 64
 DEVICE = torch.device("cuda:0")
