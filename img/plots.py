@@ -112,7 +112,7 @@ def plot_histogram(rows: Sequence[Row], path: Path, split: str = "search") -> No
     for i, (name, std, colour) in enumerate(bars):
         height = top * (1.08 + 0.09 * i)
         axis.errorbar(np.mean(accuracies), height, xerr=std, color=colour, capsize=3, label=f"{name}: std {std:.2f}")
-    axis.set(xlabel=f"top-1 accuracy with the supernet's weights, {split} split (%)", ylabel="architectures")
+    axis.set(xlabel=f"top-1 with the supernet's weights, {split} split (%)", ylabel="architectures")
     axis.set_title(f"{len(drawn):,} random architectures", loc="left")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
