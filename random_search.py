@@ -31,7 +31,7 @@ from model import Choice, SearchSpace, Supernet
 from utils import UserError, log
 
 CALIBRATION_BATCH = 250  # a constant: the mean over batches of their variances depends on it
-GROUP = 50  # paths that are scored together and recorded together
+GROUP = 50  # at most so many paths are scored together and recorded together
 SETTINGS = "split", "seed", "precision", "calibration_images", "min_flops", "max_flops"  # what scores and draws need
 EXTENT = "num_paths", "generations"  # may grow
 EVOLUTION = "population", "parents", "mutation_prob", "rank_by"  # what the children depend on as well
@@ -217,8 +217,10 @@ def search(scorer: Scorer, space: SearchSpace, args: argparse.Namespace, record:
         # Group neighbours, which share most work. In random order: what an interrupted search leaves is a fair sample.
         known = {(row.generation, row.choice) for row in rows}
         missing = sorted((row for row in wanted if (row.generation, row.choice) not in known), key=lambda r: r.choice)
-        size = min(GROUP, max(1, -(-len(missing) // utils.world_size())))
-        groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+        # As equal as can be, and as many for every rank, so that none waits for the others.
+        total, ranks = len(missing), utils.world_size()
+        count = min(total, ranks * -(-total // (ranks * GROUP)))
+        groups = [missing[total * i // count : total * (i + 1) // count] for i in range(count)]
         utils.stream(args.seed, "groups").shuffle(groups)
 
         # Score and record.

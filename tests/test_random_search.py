@@ -668,6 +668,26 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_table(space: Searc
     assert searched(space, tmp_path / "less", flags) == whole
 
 
+@pytest.mark.parametrize(("paths", "ranks", "groups"), [(12, 1, 4), (13, 1, 5), (13, 3, 6), (3, 8, 7)])
+def test_every_rank_gets_as_much_to_score(
+    space: SearchSpace, tmp_path: Path, monkeypatch, paths: int, ranks: int, groups: int
+) -> None:
+    """Of all paths and the four baselines, in groups of at most 4."""
+    monkeypatch.setattr(random_search, "GROUP", 4)
+    monkeypatch.setattr(random_search.utils, "world_size", lambda: ranks)
+    monkeypatch.setattr(random_search.utils, "all_gather", lambda value: [value])
+    args = random_search.build_parser().parse_args(["--num_paths", str(paths)])
+    shares = [[] for _ in range(min(ranks, groups))]
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(random_search.utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(random_search, "score_group", lambda *given, to=share: to.append(given[2]) or given[2])
+        random_search.search(None, space, args, tmp_path / "paths.csv", [])
+    sizes = [len(group) for share in shares for group in share]
+    assert len(sizes) == groups and sum(sizes) == paths + 4 and max(sizes) - min(sizes) <= 1
+    assert len({row.choice for share in shares for group in share for row in group}) == paths + 4
+    assert len({len(share) for share in shares}) == 1
+
+
 @pytest.mark.parametrize("edit", [{"index": 77}, {"choice": (0, 1) * 10}])
 def test_a_record_whose_rows_were_edited_is_refused(space: SearchSpace, tmp_path: Path, edit: dict) -> None:
     """Of draws, baselines and children alike: they would be counted beside what belongs in their place."""
