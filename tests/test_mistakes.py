@@ -211,7 +211,7 @@ def test_the_readmes_preprocessing_is_that_of_the_evaluation(folders: Path) -> N
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = readme.split("```python\n")[1].split("```")[0]
     assert "photo.jpg" in code and "32" in code
-    code = code.replace("runs/spos_cifar_best", str(folder)).replace("32", "8").replace("print(", "found.append(")
+    code = code.replace("32", "8").replace("runs/spos_cifar_best", str(folder)).replace("print(", "found.append(")
     load, use = code.split("image = ")
     names = {"found": []}
     exec(load, names)
