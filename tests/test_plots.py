@@ -113,4 +113,4 @@ def test_epochs_without_validation_are_left_out(tmp_path: Path) -> None:
 
 def test_the_pictures_in_img_have_their_tables() -> None:
     generations = Counter(row.generation for row in read_rows(ROOT / "img" / "paths.csv"))
-    assert set(generations) == set(range(-1, 10)) and generations.total() == 1454
+    assert set(generations) == set(range(-1, 20)) and generations.total() == 1954
