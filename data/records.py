@@ -1,21 +1,27 @@
-"""The tables that runs and searches leave, read and written in one place, and what a ranking in them is worth."""
+"""What runs and searches leave, read and written in one place, and how reliable a ranking is."""
 
 import csv
+import hashlib
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median, stdev
 
 import numpy as np
+import torch
 
-from utils import UserError, replacing
+from utils import UserError, atomic_write
 
-METRICS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]  # of metrics.csv
+METRICS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
 BASELINE = -1  # the generation of the single-block networks
 
 
 def parse_choice(text: str) -> tuple[int, ...]:
-    """The numbers of a choice that is written as 1-0-3-...; raises ValueError."""
+    """The numbers of a choice like 1-0-3-...; raises ValueError for another text."""
+    if not text.replace("-", "").isdecimal():
+        raise ValueError("it is neither a choice like 1-0-3-... nor an existing file")
     return tuple(map(int, text.split("-")))
 
 
@@ -25,11 +31,12 @@ def format_choice(choice: Sequence[int]) -> str:
 
 
 @dataclass
-class Row:
-    """An architecture and, once it is scored, its scores and costs: one line of paths.csv.
+class Scored:
+    """An architecture and, once it is scored, its scores and costs: one row of paths.csv.
 
-    index counts within a generation: BASELINE, 0 for random draws, 1, 2, ... for evolution. Accuracies are in percent,
-    the loss is the mean cross-entropy, half_*: both on the first half of the images. Costs are in millions.
+    index counts within a generation: BASELINE, 0 for random draws, 1, 2, ... for evolution.
+    Accuracies are in percent, the loss is the mean cross-entropy, half_*: both on the first half of
+    the images. Costs are in millions.
     """
 
     index: int
@@ -42,98 +49,145 @@ class Row:
     params_m: float = math.nan
     generation: int = 0
 
+    def as_json(self) -> dict:
+        """The columns by name, with the choice as text."""
+        return asdict(self) | {"choice": format_choice(self.choice)}
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+
+# Tables
+
+
+def write_rows(path: Path, rows: Sequence[Scored]) -> None:
     """Writes a whole paths.csv."""
-    cells = [asdict(row) | {"choice": format_choice(row.choice)} for row in rows]
-    write_csv(path, cells, [field.name for field in fields(Row)])
+    write_csv(path, [row.as_json() for row in rows], [field.name for field in fields(Scored)])
 
 
-def read_rows(path: Path, check: Callable[[tuple[int, ...]], object] = tuple) -> list[Row]:
-    """The rows of a paths.csv, by generation and index; raises UserError, with the line, for anything that is not one.
-
-    check: raises ValueError for a choice that is not in the space. A table of before the loss on half of the images was
-    recorded has nan there.
-    """
-    kinds = {field.name: parse_choice if field.name == "choice" else field.type for field in fields(Row)}
-    rows, lines = [], {}
-    for line, cells in read_csv(path, [name for name in kinds if name != "half_loss"]):
+def read_rows(path: Path) -> list[Scored]:
+    """The rows of a paths.csv, by generation and index; raises UserError if it is not one."""
+    kinds = {field.name: field.type for field in fields(Scored)} | {"choice": parse_choice}
+    rows, known = [], set()
+    for line, cells in read_csv(path, list(kinds)):
         try:
-            row = Row(**{name: kind(cells.get(name, "nan")) for name, kind in kinds.items()})
-            check(row.choice)
-            possible = row.index >= 0 and row.generation >= BASELINE and not (row.loss < 0 or row.half_loss < 0)
-            possible &= all(0 <= accuracy <= 100 for accuracy in (row.accuracy, row.half_accuracy))
-            possible &= all(0 < cost < math.inf for cost in (row.flops_m, row.params_m))
-            if None in cells or not possible:
-                raise ValueError
+            row = Scored(**{name: kind(cells[name]) for name, kind in kinds.items()})
         except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}: not a row of that table; mend or delete the line") from None
-        for key in ((row.generation, row.index), (row.generation, row.choice)):
-            if key in lines:
-                raise UserError(f"{path}, line {line}: repeats line {lines[key]}; delete one of the two")
-            lines[key] = line
+            raise UserError(f"{path}, line {line}: not a row of that table; delete it") from None
+        if (row.generation, row.choice) in known:
+            raise UserError(f"{path}, line {line}: repeats an earlier row; delete one of the two")
+        known.add((row.generation, row.choice))
         rows.append(row)
     return sorted(rows, key=lambda row: (row.generation, row.index))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.csv, with None where there was no validation; raises UserError if it is not one."""
-    rows = []
-    for line, cells in read_csv(path, METRICS):
-        try:
-            rows.append({name: float(cell) if cell else None for name, cell in cells.items()})
-        except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}: not a row of that table; mend or delete the line") from None
-    return rows
+    """The rows of a metrics.csv, with None where there was no validation."""
+    rows = [cells for _, cells in read_csv(path, METRICS)]
+    return [{name: float(row[name]) if row[name] else None for name in METRICS} for row in rows]
 
 
 def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str]) -> None:
     """Writes a whole table; None becomes an empty cell."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a table that has at least these columns, with their lines; raises UserError if it cannot be read."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (UnicodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV table in UTF-8 ({error})") from None
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} has two columns of the same name")
+    """The rows of a table and their lines; raises UserError if it lacks a column."""
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
+        reader = csv.DictReader(file)
+        names, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
     if missing := [name for name in columns if name not in names]:
         raise UserError(f"{path} is another table: it has no column {missing[0]}")
     return rows
 
 
-def best_first(rows: Sequence[Row], by: str) -> list[Row]:
-    """Rows by "accuracy" or "loss", then by the other, then by age; baselines and undefined scores are left out."""
+# Checkpoints
 
-    def key(row: Row) -> tuple:
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes plain data and tensors; a kill at any moment leaves the old file or the new one."""
+    buffer = io.BytesIO()  # torch.save itself reports a full disk as a RuntimeError of its own
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint, on the CPU, with the SHA-256 of its file; runs no code from the file.
+
+    Raises UserError for any other file.
+    """
+    file = path.read_bytes()  # once: a training that goes on may replace it between two reads
+    try:
+        content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+        if missing := {"model", "args", "data", "epoch"} - content.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except Exception as error:  # torch.load raises almost anything on a file of another kind
+        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        raise UserError(f"{path} is damaged or no checkpoint of supernet.py ({reason})") from None
+    return content | {"sha256": hashlib.sha256(file).hexdigest()}
+
+
+# Rankings
+
+
+def best_first(rows: Sequence[Scored], by: str) -> list[Scored]:
+    """Rows by "accuracy" or "loss", then by the other, then by age.
+
+    Baselines and scores that are not finite are left out.
+    """
+
+    def key(row: Scored) -> tuple:
         scores = -row.accuracy, row.loss
         return scores if by == "accuracy" else scores[::-1], row.generation, row.index
 
-    return sorted((row for row in rows if row.generation != BASELINE and math.isfinite(row.loss)), key=key)
+    ranked = [row for row in rows if row.generation != BASELINE and math.isfinite(row.loss)]
+    return sorted(ranked, key=key)
 
 
-def evolving(rows: Sequence[Row], population: int) -> list[Row]:
-    """The rows that evolution counts as its own: the first random draws and all children."""
-    return [row for row in rows if row.generation > 0 or (row.generation == 0 and row.index < population)]
+def evolution_rows(rows: Sequence[Scored], population: int) -> list[Scored]:
+    """The rows that belong to evolution: the first random draws and all children."""
+    return [r for r in rows if r.generation > 0 or (r.generation == 0 and r.index < population)]
 
 
-def reliability(rows: Sequence[Row], by: str = "accuracy") -> tuple[float | None, float | None]:
-    """How far a ranking by "accuracy" or "loss" can be trusted, and the noise of the images within it, in its units.
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error, in percent, of an accuracy in percent on so many images."""
+    return math.sqrt(max(accuracy * (100 - accuracy), 0) / images)
 
-    The reliability is the correlation r of the scores on the two halves of the images, stepped up to all of them as
-    2r / (1 + r) (Spearman and Brown, 1910); the noise is the spread times sqrt(1 - reliability). Both are None with
-    fewer than 10 paths, without spread, and if r is negative.
+
+def statistics(rows: Sequence[Scored], images: int) -> dict:
+    """Summary of the random draws among the rows; None where a number is not defined.
+
+    images: how many every architecture was scored on. Accuracies are in percent.
+    """
+    drawn = best_first([row for row in rows if row.generation == 0], "accuracy")
+    accuracies = [row.accuracy for row in drawn]
+    trust, noise = reliability(drawn, "accuracy")
+    return {
+        "paths": len(drawn),
+        "undefined": sum(not math.isfinite(row.loss) for row in rows),
+        "images": images,
+        "best": accuracies[0],
+        "median": median(accuracies),
+        "worst": accuracies[-1],
+        "spread": stdev(accuracies) if len(accuracies) > 1 else None,
+        "reliability": trust,
+        "noise": noise,
+        "loss_reliability": reliability(drawn, "loss")[0],
+    }
+
+
+def reliability(rows: Sequence[Scored], by: str) -> tuple[float | None, float | None]:
+    """How reliable a ranking by "accuracy" or "loss" is, and the sampling noise of the scores.
+
+    The reliability is the correlation r of the scores on the two halves of the images, corrected to
+    all of them as 2r / (1 + r) (Spearman and Brown, 1910). The noise, in the units of the scores,
+    is their standard deviation times sqrt(1 - reliability). Both are None for fewer than 10 paths,
+    for scores without spread and for r < 0.
     """
     whole, first = (np.array([getattr(row, name) for row in rows]) for name in (by, f"half_{by}"))
     second = 2 * whole - first
@@ -147,13 +201,16 @@ def reliability(rows: Sequence[Row], by: str = "accuracy") -> tuple[float | None
 
 
 def kendall(first: np.ndarray, second: np.ndarray) -> float:
-    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one of them is constant."""
+    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one is constant."""
     a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
     with np.errstate(invalid="ignore"):
         return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-def kendall_interval(first: np.ndarray, second: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+def kendall_interval(
+    first: np.ndarray, second: np.ndarray, draws: int = 2000
+) -> tuple[float, float]:
     """The middle 95% of Kendall's tau over bootstrap samples of the pairs."""
     samples = np.random.default_rng(0).integers(len(first), size=(draws, len(first)))
-    return tuple(np.nanpercentile([kendall(first[sample], second[sample]) for sample in samples], [2.5, 97.5]))
+    taus = [kendall(first[sample], second[sample]) for sample in samples]
+    return tuple(np.nanpercentile(taus, [2.5, 97.5]))

@@ -1,8 +1,8 @@
-"""Every picture, drawn without a display from the rows of a table. The only module that imports matplotlib.
+"""Every picture, drawn without a display from the rows of a table.
 
-`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it. With a search's paths.csv and the
-result.json of architectures that were trained alone, it also draws how well the one predicts the other. Without a file
-it redraws single_path.png, which needs none.
+`python img/plots.py FILE.csv ...` redraws the pictures of each file beside it. With the paths.csv
+of a search and the result.json of architectures that were trained alone, it also draws how well the
+one predicts the other. Without a file it redraws single_path.png.
 """
 
 import argparse
@@ -13,30 +13,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: the modules beside img/ are to be found
+if not __package__:  # run as a script: find the modules beside img/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.pop("MPLBACKEND", None)  # no backend is used, and one that a notebook set may not be installed
+os.environ.pop("MPLBACKEND", None)  # unused, and a notebook's may not be installed
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blocks import CANDIDATES
-from data.records import (
-    BASELINE,
-    Row,
-    best_first,
-    evolving,
-    kendall,
-    kendall_interval,
-    parse_choice,
-    read_csv,
-    read_metrics,
-    read_rows,
-    reliability,
-)
-from model import CHANNELS
-from utils import UserError, log, open_log, read_json, replacing, run_script
+from data import records
+from data.records import BASELINE, Scored, best_first, evolution_rows
+from utils import UserError, atomic_write, log, open_log, read_json, run_script
 
 MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
 
@@ -44,7 +32,9 @@ MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
-def new_figure(width: float = 6.4, height: float = 4.0, columns: int = 1) -> tuple[Figure, Axes | np.ndarray]:
+def new_figure(
+    width: float = 6.4, height: float = 4.0, columns: int = 1
+) -> tuple[Figure, Axes | np.ndarray]:
     """A figure in inches, and its axes without the upper and right line."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns)
@@ -55,72 +45,83 @@ def new_figure(width: float = 6.4, height: float = 4.0, columns: int = 1) -> tup
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     if __name__ == "__main__":
         log.info(f"wrote {path}")
 
 
-def values(rows: Sequence[Row], name: str) -> np.ndarray:
+def values(rows: Sequence[Scored], name: str) -> np.ndarray:
     """One column of the rows."""
     return np.array([getattr(row, name) for row in rows])
 
 
-def random_draws(rows: Sequence[Row]) -> list[Row]:
+def random_draws(rows: Sequence[Scored]) -> list[Scored]:
     """The random architectures whose score is defined."""
     return [row for row in rows if row.generation == 0 and math.isfinite(row.loss)]
 
 
-def plot_baselines(axis: Axes, rows: Sequence[Row], y: str | float, label: str) -> None:
-    """Hollow markers (two may coincide) of the single-block networks, at the column `y` or at a fixed height."""
+def plot_baselines(axis: Axes, rows: Sequence[Scored], y: str | float, label: str) -> None:
+    """Hollow markers of the single-block networks, at the column `y` or at a fixed height."""
     baselines = [row for row in rows if row.generation == BASELINE]
     for row, marker in zip(baselines, MARKERS, strict=False):
-        name = f"all {list(CANDIDATES)[row.choice[0]]}"
         at = (row.flops_m, getattr(row, y)) if isinstance(y, str) else (row.accuracy, y)
-        text = label.format(name=name, accuracy=row.accuracy)
-        axis.plot(*at, marker, color=GREEN, fillstyle="none", clip_on=False, label=text)
+        text = label.format(name=list(CANDIDATES)[row.choice[0]], accuracy=row.accuracy)
+        axis.plot(*at, marker, color=GREEN, fillstyle="none", clip_on=False, label=f"all {text}")
+
+
+def side_legend(axis: Axes) -> None:
+    """A legend to the right of the axes, which covers nothing."""
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_training(rows: Sequence[dict], path: Path, validated_on: str) -> None:
     """Loss and accuracy against epochs, from the rows of metrics.csv (None: no validation)."""
     figure, axes = new_figure(9, 3.6, columns=2)
-    for axis, name, label in zip(axes, ("loss", "acc"), ("cross-entropy", "top-1 accuracy (%)"), strict=True):
-        for kind, colour, text in (("train", BLUE, "training batches"), ("val", ORANGE, validated_on)):
-            points = [(row["epoch"], row[f"{kind}_{name}"]) for row in rows if row[f"{kind}_{name}"] is not None]
+    labels = "cross-entropy", "top-1 accuracy (%)"
+    kinds = ("train", BLUE, "training batches"), ("val", ORANGE, validated_on)
+    for axis, name, label in zip(axes, ("loss", "acc"), labels, strict=True):
+        for kind, colour, text in kinds:
+            column = f"{kind}_{name}"
+            points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=text, marker="." if len(points) < 30 else "")
+                marker = "." if len(points) < 30 else ""
+                axis.plot(*zip(*points, strict=True), color=colour, label=text, marker=marker)
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     save(figure, path)
 
 
-def plot_histogram(rows: Sequence[Row], path: Path, split: str = "search") -> None:
+def plot_histogram(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
     """Distribution of the random paths' accuracies, beside the noise within the ranking."""
     drawn = random_draws(rows)
     accuracies = values(drawn, "accuracy")
+    median, best = np.median(accuracies), accuracies.max()
     figure, axis = new_figure()
-    counts, _, _ = axis.hist(accuracies, bins=min(30, max(5, len(drawn) // 8)), color=BLUE, alpha=0.75)
+    bins = min(30, max(5, len(drawn) // 8))
+    counts, _, _ = axis.hist(accuracies, bins=bins, color=BLUE, alpha=0.75)
     axis.yaxis.get_major_locator().set_params(integer=True)
     top = counts.max()
-    axis.axvline(np.median(accuracies), color="black", linestyle="--", label=f"median {np.median(accuracies):.2f}%")
-    axis.axvline(accuracies.max(), color=ORANGE, label=f"best {accuracies.max():.2f}%")
+    axis.axvline(median, color="black", linestyle="--", label=f"median {median:.2f}%")
+    axis.axvline(best, color=ORANGE, label=f"best {best:.2f}%")
     plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%")
-    _, noise = reliability(drawn)
+    _, noise = records.reliability(drawn, "accuracy")
     bars = [("spread", accuracies.std(ddof=1) if len(drawn) > 1 else 0, BLUE)]
     bars += [("of which noise of the images", noise, GREY)] if noise is not None else []
     for i, (name, std, colour) in enumerate(bars):
-        height = top * (1.08 + 0.09 * i)
-        axis.errorbar(np.mean(accuracies), height, xerr=std, color=colour, capsize=3, label=f"{name}: std {std:.2f}")
+        style = {"color": colour, "capsize": 3, "label": f"{name}: std {std:.2f}"}
+        axis.errorbar(np.mean(accuracies), top * (1.08 + 0.09 * i), xerr=std, **style)
     axis.set(xlabel=f"top-1 with the supernet's weights, {split} split (%)", ylabel="architectures")
     axis.set_title(f"{len(drawn):,} random architectures", loc="left")
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    side_legend(axis)
     save(figure, path)
 
 
-def plot_pareto(rows: Sequence[Row], path: Path, split: str = "search", by: str = "loss") -> None:
-    """Accuracy against FLOPs, with the front, the paths that no cheaper one beats, and the choice by `by`."""
-    drawn, children = random_draws(rows), [row for row in rows if row.generation > 0 and math.isfinite(row.loss)]
+def plot_pareto(rows: Sequence[Scored], path: Path, split: str, by: str) -> None:
+    """Accuracy against FLOPs, the front of paths that no cheaper one beats, and the choice."""
+    drawn = random_draws(rows)
+    children = [row for row in rows if row.generation > 0 and math.isfinite(row.loss)]
     front = []
     for row in sorted(drawn + children, key=lambda row: (row.flops_m, -row.accuracy)):
         if not front or row.accuracy > front[-1].accuracy:
@@ -128,19 +129,21 @@ def plot_pareto(rows: Sequence[Row], path: Path, split: str = "search", by: str 
     figure, axis = new_figure()
     for part, colour, label in ((drawn, BLUE, "random paths"), (children, GREY, "evolution")):
         if part:
-            axis.plot(values(part, "flops_m"), values(part, "accuracy"), ".", color=colour, alpha=0.5, label=label)
+            points = values(part, "flops_m"), values(part, "accuracy")
+            axis.plot(*points, ".", color=colour, alpha=0.5, label=label)
     corners = values(front, "flops_m"), values(front, "accuracy")
     axis.step(*corners, where="post", color=ORANGE, marker="o", label="front")
     plot_baselines(axis, rows, "accuracy", "{name}")
     best = best_first(rows, by)[0]
-    axis.plot(best.flops_m, best.accuracy, "*", color="black", markersize=12, label=f"choice, the best by {by}")
+    style = {"color": "black", "markersize": 12, "label": f"choice, the best by {by}"}
+    axis.plot(best.flops_m, best.accuracy, "*", **style)
     axis.set(xlabel="millions of multiply-adds", ylabel=f"top-1 accuracy, {split} split (%)")
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    side_legend(axis)
     save(figure, path)
 
 
-def plot_choices(rows: Sequence[Row], path: Path, split: str = "search") -> None:
-    """For every layer and block, the mean accuracy of the random paths that have it, less the mean of all."""
+def plot_choices(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
+    """For every layer and block, the mean accuracy of the random paths that have it."""
     drawn = random_draws(rows)
     accuracies, choices = values(drawn, "accuracy"), values(drawn, "choice")
     means = np.full((len(CANDIDATES), choices.shape[1]), np.nan)
@@ -160,29 +163,32 @@ def plot_choices(rows: Sequence[Row], path: Path, split: str = "search") -> None
     save(figure, path)
 
 
-def plot_evolution(rows: Sequence[Row], path: Path, split: str = "search") -> None:
-    """Best accuracy so far against evaluations, evolution beside random search, and each generation's median.
+def plot_evolution(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
+    """Best accuracy so far of evolution and of random search, and each generation's median.
 
-    Evolution's first generation is the first random paths, as many as every later one has.
+    The first generation of evolution is the first random paths, as many as every later one has.
     """
     drawn = [row for row in rows if row.generation == 0]
-    own = evolving(rows, population=sum(row.generation == 1 for row in rows))
-    parts = [[row for row in own if row.generation == g] for g in range(max(row.generation for row in rows) + 1)]
+    own = evolution_rows(rows, population=sum(row.generation == 1 for row in rows))
+    generations = range(max(row.generation for row in rows) + 1)
+    parts = [[row for row in own if row.generation == generation] for generation in generations]
     figure, axis = new_figure()
-    for name, part, colour, style in (("random search", drawn, GREY, "--"), ("evolution", own, BLUE, "-")):
-        best = np.fmax.accumulate(values(part, "accuracy"))
-        axis.step(np.arange(1, len(best) + 1), best, style, where="post", color=colour, label=f"{name}, best so far")
+    for name, part, style in (("random search", drawn, "--"), ("evolution", own, "-")):
+        best, colour = np.fmax.accumulate(values(part, "accuracy")), GREY if part is drawn else BLUE
+        label, scored = f"{name}, best so far", np.arange(1, len(best) + 1)
+        axis.step(scored, best, style, where="post", color=colour, label=label)
     ends = np.cumsum([len(part) for part in parts])
     medians = [np.nanmedian(values(part, "accuracy")) for part in parts]
-    axis.plot(ends, medians, "o", color=ORANGE, markersize=4, label="evolution, median of a generation")
+    label = "evolution, median of a generation"
+    axis.plot(ends, medians, "o", color=ORANGE, markersize=4, label=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="architectures scored", ylabel=f"top-1 accuracy, {split} split (%)")
     axis.legend(frameon=False)
     save(figure, path)
 
 
-def plot_search(rows: Sequence[Row], folder: Path, split: str = "search", by: str = "loss") -> None:
-    """All pictures of a search, from the rows of paths.csv."""
+def plot_search(rows: Sequence[Scored], folder: Path, split: str, by: str) -> None:
+    """All pictures of a search on a split, ranked by "loss" or "accuracy"."""
     plot_histogram(rows, folder / "histogram.png", split)
     plot_pareto(rows, folder / "pareto.png", split, by)
     plot_choices(rows, folder / "choices.png", split)
@@ -190,47 +196,50 @@ def plot_search(rows: Sequence[Row], folder: Path, split: str = "search", by: st
         plot_evolution(rows, folder / "evolution.png", split)
 
 
-def plot_standalone(rows: Sequence[Row], alone: dict[tuple[int, ...], list[float]], path: Path, by: str) -> list[str]:
-    """The supernet's scores against the test accuracies of architectures trained alone; returns lines to print.
+def plot_standalone(
+    rows: Sequence[Scored], alone: dict[tuple[int, ...], list[float]], path: Path, by: str
+) -> list[str]:
+    """Scores against test accuracies of architectures trained alone; returns lines to print.
 
-    alone: test accuracies by choice, one for each seed. by: what the search ranked by, "loss" or "accuracy". The rank
-    correlations are those of the random architectures: without the baselines, the search's best and evolution's
-    children, which were not drawn at random. A low loss counts as a high score.
+    alone: test accuracies by choice, one for each seed. by: "loss" or "accuracy", which the search
+    ranked by. The rank correlations are those of the random architectures, without the best of the
+    search, the baselines and children of evolution. A low loss counts as a high score.
     """
     best = best_first(rows, by)[0]
     scored = [row for row in rows if row.choice in alone and math.isfinite(row.loss)]
-    kinds = {
-        "random": (BLUE, "o", [row for row in scored if row.generation == 0 and row.choice != best.choice]),
-        "single block": (GREEN, "^", [row for row in scored if row.generation == BASELINE]),
-        "search's best": (ORANGE, "D", [row for row in scored if row is best]),
-    }
+    drawn = [row for row in scored if row.generation == 0 and row.choice != best.choice]
+    singles = [row for row in scored if row.generation == BASELINE]
+    kinds = ("random", BLUE, "o", drawn), ("single block", GREEN, "^", singles)
+    kinds += (("search's best", ORANGE, "D", [row for row in scored if row is best]),)
     figure, axis = new_figure()
     lines = []
-    for kind, (colour, marker, part) in kinds.items():
-        if not part:
-            continue
+    for kind, colour, marker, part in kinds:
         for row in part:
-            axis.plot([row.accuracy] * len(alone[row.choice]), alone[row.choice], "-", color=colour, alpha=0.4)
-            lines.append(f"{kind}: {row.accuracy:.2f}% -> {np.mean(alone[row.choice]):.2f}%")
-        means = [np.mean(alone[row.choice]) for row in part]
-        axis.plot(values(part, "accuracy"), means, marker, color=colour, label=f"{kind} ({len(part)})")
+            tested = alone[row.choice]
+            axis.plot([row.accuracy] * len(tested), tested, "-", color=colour, alpha=0.4)
+            lines.append(f"{kind}: {row.accuracy:.2f}% -> {np.mean(tested):.2f}%")
+        if part:
+            points = values(part, "accuracy"), [np.mean(alone[row.choice]) for row in part]
+            axis.plot(*points, marker, color=colour, label=f"{kind} ({len(part)})")
     axis.set(xlabel="top-1 with the supernet's weights (%)", ylabel="test top-1 trained alone (%)")
     axis.legend(frameon=False)
     save(figure, path)
-    drawn = kinds["random"][2]
     tested = np.array([np.mean(alone[row.choice]) for row in drawn])
     for name, scores in (("accuracy", values(drawn, "accuracy")), ("loss", -values(drawn, "loss"))):
         if len(drawn) > 2:
-            tau, text = kendall(scores, tested), "not defined (all scores or all accuracies are the same)"
+            tau, text = (
+                records.kendall(scores, tested),
+                "not defined (all scores or accuracies are equal)",
+            )
             if not math.isnan(tau):
-                low, high = kendall_interval(scores, tested)
+                low, high = records.kendall_interval(scores, tested)
                 text = f"{tau:.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
             lines.append(f"Kendall's tau of {len(drawn)} random architectures, by {name}: {text}")
     return lines
 
 
 def plot_single_path(path: Path) -> None:
-    """Three steps of single-path training: every layer has several candidates, a step trains one path through them."""
+    """Three steps of single-path training: each trains one candidate in every layer."""
     rng, names = random.Random(4), list(CANDIDATES)
     layers, blocks = range(1, 9), range(len(names))
     middle = (len(names) - 1) / 2
@@ -242,7 +251,9 @@ def plot_single_path(path: Path) -> None:
             axis.plot(layer, chosen, "s", color=BLUE, markersize=11, zorder=3)
         axis.plot([0, *layers, 9], [middle, *choice, middle], color=BLUE, linewidth=1.5, zorder=2)
         axis.plot([0, 9], [middle, middle], "o", color="black", markersize=7)
-        axis.set(yticks=blocks, yticklabels=names if step == 1 else [], ylim=(len(names) - 0.4, -0.6))
+        axis.set(
+            yticks=blocks, yticklabels=names if step == 1 else [], ylim=(len(names) - 0.4, -0.6)
+        )
         axis.set_xticks([0, 1, 8, 9], ["stem", "0", "19", "head"], fontsize="small")
         axis.set_xlabel("layer", fontsize="small")
         axis.set_title(f"step {step}", fontsize="medium")
@@ -251,47 +262,42 @@ def plot_single_path(path: Path) -> None:
     save(figure, path)
 
 
-def check(choice: tuple[int, ...]) -> None:
-    """Raises ValueError unless a choice has a known number for every layer."""
-    if len(choice) != len(CHANNELS) or not set(choice) <= set(range(len(CANDIDATES))):
-        raise ValueError(f"not a choice: {choice}")
-
-
 def main() -> None:
-    """Draws what the files on the command line hold."""
-    parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs from their files.")
+    """Draws the files on the command line."""
+    parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs.")
     add = parser.add_argument
-    add("files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv")
-    add("--split", choices=("search", "test"), help="images that a search scored on (default: as args.json beside it)")
-    add("--rank_by", choices=("loss", "accuracy"), help="what a search ranked by (default: as args.json beside it)")
+    add(
+        "files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv"
+    )
+    add("--split", choices=("search", "test"), help="default: as in args.json beside the table")
+    add("--rank_by", choices=("loss", "accuracy"), help="default: as in args.json beside the table")
     args = parser.parse_args()
-    open_log(None)
+    open_log()
     if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
-    rows, folder, alone = [], None, {}
+    rows, alone, by = [], {}, "loss"
     for path in args.files:
-        beside = path.with_name("args.json")
-        made_with = read_json(beside) if path.suffix == ".csv" and beside.exists() else {}
         if path.suffix == ".json":
             result = read_json(path)
-            try:
-                choice, accuracy = parse_choice(result["choice"]), float(result["test_accuracy"])
-                check(choice)
-            except (LookupError, AttributeError, TypeError, ValueError):
-                message = f"{path} is not the result.json of an architecture that was trained alone"
-                raise UserError(message) from None
-            alone.setdefault(choice, []).append(accuracy)
-        elif any("train_loss" in row for _, row in read_csv(path, [])):
-            kind = "random paths, as in a training step" if made_with.get("choice") is None else "search split"
-            plot_training(read_metrics(path), path.with_name("training.png"), kind if made_with else "held out")
-        else:
-            rows, folder = read_rows(path, check), path.parent
-            if not random_draws(rows):
-                raise UserError(f"{path} holds no random architecture with a score yet")
-            by = args.rank_by or made_with.get("rank_by", "loss")
-            plot_search(rows, folder, args.split or made_with.get("split", "search"), by)
+            if not {"choice", "test_accuracy"} <= result.keys():
+                raise UserError(f"{path} is no result.json of an architecture trained alone")
+            alone.setdefault(records.parse_choice(result["choice"]), []).append(
+                result["test_accuracy"]
+            )
+            continue
+        beside = path.with_name("args.json")
+        settings = read_json(beside) if beside.exists() else {}
+        if any("train_loss" in row for _, row in records.read_csv(path, [])):
+            kind = "random paths" if settings.get("choice") is None else "search split"
+            plot_training(records.read_metrics(path), path.with_name("training.png"), kind)
+            continue
+        rows, folder = records.read_rows(path), path.parent
+        if not random_draws(rows):
+            raise UserError(f"{path} holds no random architecture with a score yet")
+        by = args.rank_by or settings.get("rank_by", "loss")
+        plot_search(rows, folder, args.split or settings.get("split", "search"), by)
     if alone and not rows:
-        raise UserError("result.json files need the paths.csv of the search that scored their architectures")
+        raise UserError("result.json files need the paths.csv of their search")
     if alone:
         for line in plot_standalone(rows, alone, folder / "standalone.png", by):
             log.info(line)

@@ -62,7 +62,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def search(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Twelve random paths of that supernet, scored in groups of 5."""
     folder = tmp_path_factory.mktemp("search")
-    flags = ["--ckpt", str(run.folder / "last.pth"), "--search_dir", str(folder), "--num_paths", "12"]
+    flags = [
+        "--ckpt",
+        str(run.folder / "last.pth"),
+        "--search_dir",
+        str(folder),
+        "--num_paths",
+        "12",
+    ]
     flags += ["--calibration_images", "250", "--top_k", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_search, "GROUP", 5)
@@ -84,7 +91,9 @@ def start(*command: object, **environment: str) -> subprocess.Popen:
 
 def assert_same_record(ours: Path, theirs: Path) -> None:
     """Two searches scored the same; in a group of another size a loss may be rounded otherwise."""
-    for row, other in zip(*(read_rows(folder / "paths.csv") for folder in (ours, theirs)), strict=True):
+    for row, other in zip(
+        *(read_rows(folder / "paths.csv") for folder in (ours, theirs)), strict=True
+    ):
         assert (row.loss, row.half_loss) == pytest.approx((other.loss, other.half_loss), rel=1e-5)
         assert replace(row, loss=0, half_loss=0) == replace(other, loss=0, half_loss=0)
 
@@ -113,9 +122,16 @@ class Cifar:
     def __init__(self, folder: Path):
         self.files, self.images, self.labels = {}, {}, {}
         for i, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
-            self.images[name], self.labels[name] = noise(40, 3072, seed=i), [(n * 7 + i) % 10 for n in range(40)]
-            self.files[name] = pickle.dumps({"data": self.images[name], "labels": self.labels[name]})
-        self.files["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+            self.images[name], self.labels[name] = (
+                noise(40, 3072, seed=i),
+                [(n * 7 + i) % 10 for n in range(40)],
+            )
+            self.files[name] = pickle.dumps(
+                {"data": self.images[name], "labels": self.labels[name]}
+            )
+        self.files["batches.meta"] = pickle.dumps(
+            {"label_names": [f"class {i}" for i in range(10)]}
+        )
         for name, content in self.files.items():
             (folder / CIFAR10.base_folder).mkdir(exist_ok=True)
             (folder / CIFAR10.base_folder / name).write_bytes(content)

@@ -19,7 +19,9 @@ trained_alone = supernet.train
 def train(model, *rest):
     trained_alone(model, *rest)
     moved = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    torch.save({"weights": model.state_dict(), "moved": moved}, Path(os.environ["LEFT"], f"{rank()}.pth"))
+    torch.save(
+        {"weights": model.state_dict(), "moved": moved}, Path(os.environ["LEFT"], f"{rank()}.pth")
+    )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import CANDIDATES, BatchNorm, DepthwiseConv, DepthwiseFunction, ShuffleSplit, capture_blocks, release_blocks
+from blocks import (
+    CANDIDATES,
+    BatchNorm,
+    DepthwiseConv,
+    DepthwiseFunction,
+    ShuffleSplit,
+    capture_blocks,
+    release_blocks,
+)
 from model import Supernet
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = {"stride1": (64, 64, 1), "widening": (16, 64, 1), "stride2": (16, 64, 2)}
-KERNELS = {"shuffle3": [1, 3, 1], "shuffle5": [1, 5, 1], "shuffle7": [1, 7, 1], "xception": [3, 1, 3, 1, 3, 1]}
+KERNELS = {
+    "shuffle3": [1, 3, 1],
+    "shuffle5": [1, 5, 1],
+    "shuffle7": [1, 7, 1],
+    "xception": [3, 1, 3, 1, 3, 1],
+}
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 each_candidate = pytest.mark.parametrize("name", KERNELS)
@@ -37,7 +50,9 @@ def by_hand(chain: nn.Sequential, x: Tensor, stride: int) -> Tensor:
         if weight.shape[-1] == 1:
             x = F.relu(F.batch_norm(F.conv2d(x, weight), None, None, training=True))
         else:
-            x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight))
+            x = F.conv2d(
+                x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight)
+            )
             x, stride = F.batch_norm(x, None, None, training=True), 1
     return x
 
@@ -75,7 +90,9 @@ def test_depthwise_and_its_gradients_equal_conv2ds(
     for out in (conv(variables[0]), DepthwiseFunction.apply(*variables, stride)):
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, variables, upstream), references)
-    alone = torch.autograd.grad(DepthwiseFunction.apply(x, conv.weight, stride), conv.weight, upstream)
+    alone = torch.autograd.grad(
+        DepthwiseFunction.apply(x, conv.weight, stride), conv.weight, upstream
+    )
     torch.testing.assert_close(alone, references[1:])
     with torch.no_grad():
         torch.testing.assert_close(conv(x), expected)
@@ -83,7 +100,9 @@ def test_depthwise_and_its_gradients_equal_conv2ds(
 
 @each_stride
 @each_kernel
-def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(kernel: int, stride: int) -> None:
+def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(
+    kernel: int, stride: int
+) -> None:
     conv, x = DepthwiseConv(6, kernel, stride), noise(4, 6, 9, 9).requires_grad_()
     expected = F.conv2d(x, conv.weight, stride=stride, padding=kernel // 2, groups=6)
     upstream = noise(*expected.shape)
@@ -101,23 +120,31 @@ def test_depthwise_in_bf16_has_the_gradients_of_fp32_within_its_precision(kernel
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("tracked", [False, True])
-def test_batchnorm_is_torchs_but_for_the_count(affine: bool, momentum: float | None, tracked: bool) -> None:
+def test_batchnorm_is_torchs_but_for_the_count(
+    affine: bool, momentum: float | None, tracked: bool
+) -> None:
     """Outputs and buffers, in training and then in evaluation; a cumulative mean needs the count and has it."""
-    ours, theirs = (kind(6, affine=affine, momentum=momentum) for kind in (BatchNorm, nn.BatchNorm2d))
+    ours, theirs = (
+        kind(6, affine=affine, momentum=momentum) for kind in (BatchNorm, nn.BatchNorm2d)
+    )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.track_running_stats = theirs.track_running_stats = tracked
     for seed in range(3):
         x = noise(4, 6, 5, 5 + seed)
         assert torch.equal(ours.train()(x), theirs.train()(x))
         assert torch.equal(ours.eval()(x), theirs.eval()(x))
-    assert torch.equal(ours.running_mean, theirs.running_mean) and torch.equal(ours.running_var, theirs.running_var)
+    assert torch.equal(ours.running_mean, theirs.running_mean) and torch.equal(
+        ours.running_var, theirs.running_var
+    )
     assert ours.num_batches_tracked == (3 if momentum is None and tracked else 0)
 
 
 @each_candidate
 @each_shape
 @pytest.mark.parametrize("size", [(9, 9), (8, 8), (7, 5), (1, 1)])
-def test_a_block_computes_what_the_paper_says(name: str, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+def test_a_block_computes_what_the_paper_says(
+    name: str, shape: tuple[int, int, int], size: tuple[int, int]
+) -> None:
     channels, out, stride = shape
     block, x = build(shape, name).double(), noise(4, channels, *size, dtype=torch.float64)
     if stride == 1:
@@ -131,22 +158,36 @@ def test_a_block_computes_what_the_paper_says(name: str, shape: tuple[int, int, 
 
 @each_candidate
 @each_shape
-def test_a_block_has_the_kernels_and_widths_of_its_candidate(name: str, shape: tuple[int, int, int]) -> None:
+def test_a_block_has_the_kernels_and_widths_of_its_candidate(
+    name: str, shape: tuple[int, int, int]
+) -> None:
     """The projection's depthwise kernel is the candidate's: 3x3 in the xception block."""
     channels, out, stride = shape
     branch, half = channels if stride == 2 else channels // 2, out // 2
-    main = [(module.weight, module.groups) for module in build(shape, name).main if isinstance(module, nn.Conv2d)]
+    main = [
+        (module.weight, module.groups)
+        for module in build(shape, name).main
+        if isinstance(module, nn.Conv2d)
+    ]
     assert [weight.shape[-1] for weight, _ in main] == KERNELS[name]
     widths = [weight.shape[:2] for weight, groups in main if groups == 1]
-    assert widths == [(half, branch), *[(half, half)] * (KERNELS[name].count(1) - 2), (out - branch, half)]
+    assert widths == [
+        (half, branch),
+        *[(half, half)] * (KERNELS[name].count(1) - 2),
+        (out - branch, half),
+    ]
     if stride == 2:
-        projection = [module for module in build(shape, name).projection if isinstance(module, nn.Conv2d)]
+        projection = [
+            module for module in build(shape, name).projection if isinstance(module, nn.Conv2d)
+        ]
         assert [conv.kernel_size[0] for conv in projection] == [max(KERNELS[name]), 1]
 
 
 @each_candidate
 @each_shape
-def test_channels_last_computes_what_contiguous_does(name: str, shape: tuple[int, int, int]) -> None:
+def test_channels_last_computes_what_contiguous_does(
+    name: str, shape: tuple[int, int, int]
+) -> None:
     """mit-han-lab/temporal-shift-module#235: a channel shuffle written with views failed in this layout."""
     results = []
     for layout in LAYOUTS:
@@ -174,6 +215,8 @@ def test_cuda_graphs_are_not_used_on_a_cpu_and_nothing_changes() -> None:
     for _ in range(2):
         assert not any(module.training or "forward" in vars(module) for module in model.modules())
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+        assert all(
+            parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+        )
         assert torch.equal(model(x, (0,) * 20), logits)
         release_blocks(model)

@@ -14,12 +14,16 @@ import blocks
 import random_search
 import supernet
 from blocks import capture_blocks, release_blocks
-from data.datasets import calibration_images, load_dataset
+from data import records
+from data.datasets import load_dataset
 from data.loaders import Batches
 from data.records import METRICS, read_csv
 from model import SearchSpace, Supernet
+from utils import memory_format
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; name this file")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; name this file"
+)
 
 SIZE, BATCH = 16, 64
 DEVICE = torch.device("cuda:0")
@@ -44,7 +48,9 @@ class Captured:
         self.random_state = torch.cuda.get_rng_state(DEVICE)
         self.line = capture_blocks(self.graphed, images(0), 10**9)
         self.random_state_after = torch.cuda.get_rng_state(DEVICE)
-        self.state_after = {name: value.clone() for name, value in self.graphed.state_dict().items()}
+        self.state_after = {
+            name: value.clone() for name, value in self.graphed.state_dict().items()
+        }
         self.gradients_after = [p.grad for p in self.graphed.parameters()]
         self.space = SearchSpace(self.plain)
 
@@ -65,7 +71,9 @@ def pair(captured: Captured) -> Captured:
 
 
 def images(seed: int, count: int = BATCH) -> Tensor:
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(
+        DEVICE
+    )
 
 
 def labels(seed: int) -> Tensor:
@@ -96,7 +104,9 @@ def test_the_first_gradients_agree(pair: Captured) -> None:
     gradients = []
     for model in (pair.plain, pair.graphed):
         F.cross_entropy(model(images(1), choice), labels(1)).backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     plain, graphed = gradients
     assert plain.keys() == graphed.keys()
     for name, gradient in plain.items():
@@ -111,7 +121,9 @@ def test_training_stays_as_close_as_two_plain_runs(pair: Captured) -> None:
     with torch.no_grad():
         for p in beside.parameters():
             p.mul_(1 + torch.finfo(p.dtype).eps)
-    plain, other, graphed = (train(model, pair.space, 20) for model in (pair.plain, beside, pair.graphed))
+    plain, other, graphed = (
+        train(model, pair.space, 20) for model in (pair.plain, beside, pair.graphed)
+    )
     assert (graphed - plain).norm() <= 2 * (other - plain).norm()
 
 
@@ -135,7 +147,9 @@ def test_validation_takes_any_batch_and_no_graph(pair: Captured) -> None:
     batches = Batches(dataset, dataset.search, 37, DEVICE)
     paths = [pair.space.sample(random.Random(i)) for i in range(len(batches))]
     for own in (False, True):
-        plain, graphed = (supernet.evaluate(model, batches, paths, own) for model in (pair.plain, pair.graphed))
+        plain, graphed = (
+            supernet.evaluate(model, batches, paths, own) for model in (pair.plain, pair.graphed)
+        )
         assert graphed["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
@@ -170,7 +184,10 @@ def takes_any_batch(model: Supernet) -> None:
 
 def test_released_blocks_take_any_batch_again() -> None:
     model = Supernet(10, 8).to(DEVICE)
-    assert capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9) == "used for the blocks"
+    assert (
+        capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9)
+        == "used for the blocks"
+    )
     release_blocks(model)
     takes_any_batch(model)
 
@@ -179,8 +196,19 @@ def test_released_blocks_take_any_batch_again() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits with graphs, in bf16, interrupted after 6 of 8 epochs and resumed."""
     out = tmp_path_factory.mktemp("runs")
-    flags = ["--dataset", "digits", "--epochs", "8", "--batch_size", "64", "--out_dir", str(out), "--exp_name", "cuda"]
-    save = supernet.utils.save_checkpoint
+    flags = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "8",
+        "--batch_size",
+        "64",
+        "--out_dir",
+        str(out),
+        "--exp_name",
+        "cuda",
+    ]
+    save = records.save_checkpoint
 
     def stop(path: Path, content: dict) -> None:
         save(path, content)
@@ -189,7 +217,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "GRAPH_CALLS", 1)
-        patch.setattr(supernet.utils, "save_checkpoint", stop)
+        patch.setattr(records, "save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             supernet.main(flags)
         patch.undo()
@@ -206,36 +234,48 @@ def test_a_run_with_graphs_learns_and_continues(trained: Path) -> None:
     assert float(rows[-1]["train_acc"]) > float(rows[5]["train_acc"]) > 30
 
 
-def test_a_single_architecture_trains_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_architecture_trains_with_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
-    flags = ["--dataset", "digits", "--epochs", "2", "--out_dir", str(tmp_path), "--exp_name", "alone"]
+    flags = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "2",
+        "--out_dir",
+        str(tmp_path),
+        "--exp_name",
+        "alone",
+    ]
     supernet.main([*flags, "--choice", "-".join("0123" * 5)])
     assert "used for the blocks" in (tmp_path / "alone" / "log.txt").read_text()
     network = torch.export.load(tmp_path / "alone" / "model.pt2").module()
     assert network(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8)).shape == (3, 10)
 
 
-def test_scores_hardly_depend_on_precision_and_graphs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_hardly_depend_on_precision_and_graphs(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By at most one standard error on average over 24 paths."""
     monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
-    checkpoint = supernet.utils.load_supernet(trained / "last.pth")
+    checkpoint, found = records.load_checkpoint(trained / "last.pth"), {}
     dataset = load_dataset("digits", ".", SIZE)
-    dataset.adopt(checkpoint["data"], "")
-    found = {}
     for precision, graphs in (("fp32", False), ("fp32", True), ("bf16", True)):
-        model = random_search.build_supernet(trained / "last.pth", checkpoint)
-        model = model.to(DEVICE, memory_format=supernet.utils.memory_format(DEVICE, precision))
-        chosen = calibration_images(dataset, 1000, 250)
-        calibration = Batches(dataset, chosen, 250, DEVICE, precision=precision).augmented(4)
-        scored = Batches(dataset, dataset.search, 1000, DEVICE, precision=precision)
-        scorer = random_search.Scorer(model, calibration, scored, precision)
+        model = Supernet(10, SIZE)
+        model.load_state_dict(checkpoint["model"])
+        model.to(DEVICE, memory_format=memory_format(DEVICE, precision))
+        how = DEVICE, 0, precision
+        calibration = random_search.calibration_batches(dataset, 1000, 4, *how)
+        scorer = random_search.Scorer(
+            model, calibration, Batches(dataset, dataset.search, 1000, *how)
+        )
         if graphs:
             assert scorer.use_cuda_graphs(1000) == "used for the blocks"
         paths = sorted(SearchSpace(model).sample_distinct(random.Random(0), 24))
-        found[precision, graphs] = torch.tensor([row[0] for row in scorer.score(paths)])
-        state = model.state_dict()
-        assert all(torch.equal(state[name].cpu(), value) for name, value in checkpoint["model"].items())
+        scores = scorer.score(paths)
+        found[precision, graphs] = torch.tensor([score["accuracy"] for score in scores])
     plain = found["fp32", False]
-    error = supernet.utils.standard_error(plain.mean().item(), len(dataset.search))
+    error = records.standard_error(plain.mean().item(), len(dataset.search))
     assert (found["fp32", True] - plain).abs().mean() <= error / 4
     assert (found["bf16", True] - plain).abs().mean() <= error

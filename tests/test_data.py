@@ -3,7 +3,6 @@
 import gzip
 import http.client
 import io
-import os
 import random
 import zlib
 from functools import partial
@@ -18,7 +17,7 @@ from torchvision.datasets import CIFAR10
 import data.datasets
 import data.loaders
 from conftest import noise
-from data.datasets import IMAGENET_NORM, Dataset, Split, channel_statistics, load_dataset
+from data.datasets import IMAGENET_NORM, ImageData, Split, channel_statistics, load_dataset
 from data.loaders import Batches
 from utils import UserError
 
@@ -76,13 +75,17 @@ def refusal(*arguments, **options) -> str:
     return str(caught.value)
 
 
-def in_memory(images: torch.Tensor, name: str = "cifar10", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)) -> Dataset:
+def in_memory(
+    images: torch.Tensor, name: str = "cifar10", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)
+) -> ImageData:
     """A data set of these images; the label of an image is its position."""
     split = Split(images, torch.arange(len(images)))
-    return Dataset(name, images.shape[-1], list(map(str, range(len(images)))), mean, std, split, split, split)
+    return ImageData(
+        name, images.shape[-1], list(map(str, range(len(images)))), mean, std, split, split, split
+    )
 
 
-def restored(batch: torch.Tensor, dataset: Dataset) -> np.ndarray:
+def restored(batch: torch.Tensor, dataset: ImageData) -> np.ndarray:
     """Normalised images (N, 3, S, S) back to values from 0 to 255, by numpy in float64."""
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
     return (batch.double().numpy() * std + mean) * 255
@@ -101,21 +104,31 @@ def test_digits_are_1197_300_300_images_and_every_one_of_the_1797_is_in_exactly_
     with np.load(Path(data.datasets.__file__).with_name("digits.npz")) as arrays:
         raw, labels = arrays["images"], arrays["labels"]
     levels = np.round(raw * (255 / 16)).astype(np.uint8)  # the values are 0 to 16
-    expected = sorted((image.tobytes(), int(label)) for image, label in zip(levels, labels, strict=True))
+    expected = sorted(
+        (image.tobytes(), int(label)) for image, label in zip(levels, labels, strict=True)
+    )
     digits = load_dataset("digits", "unused", 8)
     splits = digits.train, digits.search, digits.test
     assert [len(split) for split in splits] == [1197, 300, 300]
     for held in splits[1:]:
         assert held.labels.bincount().tolist() == [30] * 10
-    found = [(i[0].numpy().tobytes(), int(n)) for s in splits for i, n in zip(s.images, s.labels, strict=True)]
+    found = [
+        (i[0].numpy().tobytes(), int(n))
+        for s in splits
+        for i, n in zip(s.images, s.labels, strict=True)
+    ]
     assert sorted(found) == expected
 
 
 def test_digits_are_enlarged_bilinearly_to_three_equal_channels():
     small, large = load_dataset("digits", "unused", 8), load_dataset("digits", "unused", 16)
     assert torch.equal(small.train.labels, large.train.labels)
-    levels = np.round(small.train.images[:40, 0].numpy() * np.float32(16 / 255)) * np.float32(255 / 16)  # unrounded
-    expected = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in levels]
+    levels = np.round(small.train.images[:40, 0].numpy() * np.float32(16 / 255)) * np.float32(
+        255 / 16
+    )  # unrounded
+    expected = [
+        Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in levels
+    ]
     images = large.train.images.numpy()
     assert images.dtype == np.uint8 and (images == images[:, :1]).all()
     assert np.abs(images[:40, 0] - np.stack(expected)).max() <= 0.51
@@ -125,7 +138,9 @@ def test_digits_are_enlarged_bilinearly_to_three_equal_channels():
 
 
 @pytest.mark.parametrize(("archive", "folder"), [(True, True), (False, True), (True, False)])
-def test_cifar10_holds_a_tenth_of_each_class_out_of_training_without_a_network_call(cifar, tmp_path, archive, folder):
+def test_cifar10_holds_a_tenth_of_each_class_out_of_training_without_a_network_call(
+    cifar, tmp_path, archive, folder
+):
     """pytorch/pytorch#59344, quark0/darts#66, kuangliu/pytorch-cifar#145: no test image gets into training."""
     cifar.install(tmp_path, archive, folder)
     dataset = load_dataset("cifar10", str(tmp_path), 32)
@@ -133,10 +148,15 @@ def test_cifar10_holds_a_tenth_of_each_class_out_of_training_without_a_network_c
     assert dataset.classes == [f"class {i}" for i in range(10)]
     truth = {}
     for name, rows in cifar.images.items():
-        truth |= {row.tobytes(): (n, name == "test_batch") for row, n in zip(rows, cifar.labels[name], strict=True)}
+        truth |= {
+            row.tobytes(): (n, name == "test_batch")
+            for row, n in zip(rows, cifar.labels[name], strict=True)
+        }
     seen = []
     for split, is_test in ((dataset.train, False), (dataset.search, False), (dataset.test, True)):
-        keys = [image.numpy().tobytes() for image in split.images]  # planes of red, green, blue, as in the pickles
+        keys = [
+            image.numpy().tobytes() for image in split.images
+        ]  # planes of red, green, blue, as in the pickles
         assert [truth[key] for key in keys] == [(label, is_test) for label in split.labels.tolist()]
         seen += keys
     assert len(seen) == len(set(seen)) == 240
@@ -158,39 +178,21 @@ def test_the_same_images_are_held_out_whatever_the_global_seeds_are(cifar, tree,
 def test_cifar10_without_network_says_what_to_put_where(cifar, tmp_path):
     """pytorch/vision#6007, pytorch/vision#5039."""
     message = refusal("cifar10", str(tmp_path), 32)
-    for part in (CIFAR10.url, CIFAR10.filename, str(tmp_path), "--dataset digits", "no route to host"):
+    for part in (CIFAR10.filename, str(tmp_path), "--dataset digits", "no route to host"):
         assert part in message
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", [CIFAR10.filename, "data_batch_3", "test_batch", "batches.meta"])
-def test_half_a_cifar10_file_is_named_as_damaged_and_fetched_again(cifar, tmp_path, name):
-    """avirambh/MSDNet-GCN#4, pytorch/vision#774, huyvnphan/PyTorch_CIFAR10#22."""
-    is_archive = name == CIFAR10.filename
-    cifar.install(tmp_path, archive=is_archive, folder=not is_archive)
-    path = tmp_path / name if is_archive else tmp_path / CIFAR10.base_folder / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    message = refusal("cifar10", str(tmp_path), 32)
-    assert str(path) in message and "damaged" in message
-    assert message.count(CIFAR10.base_folder) == (not is_archive), "an intact file is named too"
-    cifar.served = cifar.archive  # with a network
-    assert len(load_dataset("cifar10", str(tmp_path), 32).train) == 180
-    assert set(cifar.calls) == {CIFAR10.url}
 
 
 @pytest.mark.parametrize(
     "end",
-    [None, ConnectionResetError("reset by peer"), http.client.IncompleteRead(b"", 1000), KeyboardInterrupt()],
+    [None, ConnectionResetError("reset by peer"), http.client.IncompleteRead(b"", 1000)],
     ids=repr,
 )
-def test_a_download_that_breaks_off_leaves_no_archive_behind(cifar, tmp_path, end):
+def test_a_download_that_breaks_off_is_one_line_and_can_be_repeated(cifar, tmp_path, end):
     """pytorch/pytorch#740, pytorch/vision#6007."""
     cifar.served, cifar.end = cifar.archive[: len(cifar.archive) // 2], end
-    interrupted = isinstance(end, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt if interrupted else UserError) as caught:
-        load_dataset("cifar10", str(tmp_path), 32)
-    assert cifar.calls and list(tmp_path.iterdir()) == []
-    assert interrupted or CIFAR10.url in str(caught.value)
+    assert f"no CIFAR-10 in {tmp_path}" in refusal("cifar10", str(tmp_path), 32)
+    cifar.served, cifar.end = cifar.archive, None
+    assert len(load_dataset("cifar10", str(tmp_path), 32).train) == 180
 
 
 # Folders
@@ -203,16 +205,24 @@ def test_folders_hold_a_tenth_of_each_class_out_of_training(tree, tmp_path, name
     dataset = load_dataset(name, str(tmp_path), 8)
     assert dataset.search.labels.bincount().tolist() == held
     seen = []
-    for split, folder in ((dataset.train, "train"), (dataset.search, "train"), (dataset.test, "val")):
+    for split, folder in (
+        (dataset.train, "train"),
+        (dataset.search, "train"),
+        (dataset.test, "val"),
+    ):
         keys = pixels_of(split)
-        assert [origin[key] for key in keys] == [f"{folder}/{'abc'[label]}" for label in split.labels.tolist()]
+        assert [origin[key] for key in keys] == [
+            f"{folder}/{'abc'[label]}" for label in split.labels.tolist()
+        ]
         seen += keys
     assert len(set(seen)) == len(seen) == 552
     if name == "imagenet":
         assert (dataset.mean, dataset.std) == IMAGENET_NORM
     else:
         values = dataset.train.images.numpy() / 255
-        assert np.allclose((dataset.mean, dataset.std), (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+        assert np.allclose(
+            (dataset.mean, dataset.std), (values.mean((0, 2, 3)), values.std((0, 2, 3)))
+        )
 
 
 @pytest.mark.parametrize(
@@ -228,18 +238,24 @@ def test_which_folder_becomes_which_split(tree, tmp_path, name, folders, search,
     tree({f"{folder}/{c}": 2 for folder in ("train", *folders.split()) for c in "ab"})
     dataset = load_dataset(name, str(tmp_path), 96)
     splits = dataset.train, dataset.search, dataset.test
-    found = [{Path(path).relative_to(tmp_path).parts[0] for path in split.images} for split in splits]
+    found = [
+        {Path(path).relative_to(tmp_path).parts[0] for path in split.images} for split in splits
+    ]
     assert found == [{"train"}, {search}, {test}]
     assert len(dataset.train) == (4 if search == "val" else 2)
 
 
 @pytest.mark.parametrize("missing", ["absent", "empty"])
-@pytest.mark.parametrize(("name", "folders"), [("imagenet", "val"), ("folder", "test"), ("folder", "val test")])
+@pytest.mark.parametrize(
+    ("name", "folders"), [("imagenet", "val"), ("folder", "test"), ("folder", "val test")]
+)
 def test_classes_keep_their_numbers_where_one_has_no_images(tree, tmp_path, name, folders, missing):
     """pytorch/vision#4925, pytorch/vision#8297, ultralytics/ultralytics#14301."""
     counts = {"train/a": 2, "train/b": 2, "train/c": 2}
     for folder in folders.split():
-        counts |= {f"{folder}/a": 1, f"{folder}/c": 2} | ({f"{folder}/b": 0} if missing == "empty" else {})
+        counts |= {f"{folder}/a": 1, f"{folder}/c": 2} | (
+            {f"{folder}/b": 0} if missing == "empty" else {}
+        )
     tree(counts)
     dataset = load_dataset(name, str(tmp_path), 8)
     assert dataset.classes == ["a", "b", "c"]
@@ -260,24 +276,19 @@ def test_hidden_and_tool_folders_are_no_classes_and_hold_no_images(tree, tmp_pat
     assert dataset.test.labels.tolist() == [0, 1]
 
 
-def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp_path, caplog):
-    """mindspore-lab/mindocr#538 and its like: linked files and folders, broken links, pipes."""
+def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp_path):
+    """mindspore-lab/mindocr#538 and the like: linked files and folders, circles, dead links."""
     tree({"train/a": 4, "train/b": 4, "train/b/more": 2, "val/a": 1})
-    (tmp_path / "train/a/copy.png").symlink_to("000.png")
-    (tmp_path / "train/a/gone.png").symlink_to("nowhere.png")
-    (tmp_path / "train/c").symlink_to("nowhere")
-    os.mkfifo(tmp_path / "train/b/pipe.png")
-    with caplog.at_level("INFO"):
-        assert len(load_dataset("folder", str(tmp_path), 8).train) == 8
-    for said in ("1 links to images that are read already", "2 broken links, pipes or sockets", "train: c"):
-        assert said.removeprefix("2 ") in caplog.text
-    (tmp_path / "val/b").symlink_to(tmp_path / "train/b/more")
-    assert "belongs to one split" in refusal("folder", str(tmp_path), 8)
-    (tmp_path / "val/b").unlink()
-    for link, target in (("friends", "../b/more"), ("friend.png", "../b/000.png")):
-        (tmp_path / "train/a" / link).symlink_to(target)
+    (tmp_path / "linked").symlink_to(tmp_path / "train")
+    assert len(load_dataset("folder", str(tmp_path), 8).train) == 8
+    links = {"val/b": "../train/b/more", "train/a/friends": "../b/more", "train/a/self": "."}
+    links |= {"train/a/friend.png": "../b/000.png", "train/a/copy.png": "000.png"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
         assert "an image has one class" in refusal("folder", str(tmp_path), 8)
-        (tmp_path / "train/a" / link).unlink()
+        (tmp_path / link).unlink()
+    (tmp_path / "train/c").symlink_to("nowhere")
+    assert "train/c is a link to nothing" in refusal("folder", str(tmp_path), 8)
 
 
 @pytest.mark.parametrize(
@@ -289,9 +300,9 @@ def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp
         ({"train/a": 2, "train/b": 2, "val": 3}, "val", "one folder per class"),
         ({"train/a": 2, "train/b": 2, "val/a": 0}, "val", "no images"),
         ({"train/a": 2, "train/b": 2, "val/zebra": 1}, "val/zebra", "training folder"),
-        ({"train/a": 2, "train/b": 1, "val/a": 1}, "train/b", "fewer than 2"),
-        ({"train/a": 2, "train/b": 0, "val/a": 1}, "train/b", "fewer than 2"),
-        ({"train/a": 4, "val/a": 1}, "train", "one class"),
+        ({"train/a": 2, "train/b": 1, "val/a": 1}, "train", "two images or more"),
+        ({"train/a": 2, "train/b": 0, "val/a": 1}, "train", "two images or more"),
+        ({"train/a": 4, "val/a": 1}, "train", "two classes or more"),
     ],
 )
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
@@ -300,16 +311,6 @@ def test_a_wrong_layout_is_refused_with_the_folder(tree, tmp_path, name, counts,
     tree(counts)
     message = refusal(name, str(tmp_path), 8)
     assert f"{tmp_path / named} " in message.replace(";", " ") and said in message
-
-
-def test_more_than_the_room_for_small_images_is_refused_with_the_numbers(tree, tmp_path, monkeypatch):
-    tree({"train/a": 5, "train/b": 5, "val/a": 3})
-    monkeypatch.setattr(data.datasets, "RESIDENT_BYTES", 13 * 3 * 8 * 8)
-    load_dataset("folder", str(tmp_path), 8)
-    monkeypatch.setattr(data.datasets, "RESIDENT_BYTES", 13 * 3 * 8 * 8 - 1)
-    message = refusal("folder", str(tmp_path), 8)
-    assert "13 images of 8 px" in message and "GiB" in message
-    assert isinstance(load_dataset("folder", str(tmp_path), 96).train.images, list), "larger ones are not kept"
 
 
 # Image files
@@ -334,12 +335,18 @@ def image_files() -> dict[str, tuple[bytes, np.ndarray, float]]:
         "UPPER.PNG": (encoded(rgb, "PNG"), pixels, 0),
         "L.jpg": (encoded(grey, "JPEG"), greys, 0.02),
         "CMYK.jpg": (encoded(rgb.convert("CMYK"), "JPEG"), pixels, 0.05),
-        "bad-exif.jpg": (encoded(rgb, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"), pixels, 0.02),
+        "bad-exif.jpg": (
+            encoded(rgb, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"),
+            pixels,
+            0.02,
+        ),
     }
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
-def test_images_of_any_mode_and_size_are_read_as_rgb_in_training_and_evaluation(tmp_path, image_size):
+def test_images_of_any_mode_and_size_are_read_as_rgb_in_training_and_evaluation(
+    tmp_path, image_size
+):
     """python-pillow/Pillow#2564, nothings/stb#427, IntelLabs/distiller#163, www.terryalanunlimited.com (500x33)."""
     known = image_files()
     files = {name: content for name, (content, _, _) in known.items()} | {
@@ -350,15 +357,25 @@ def test_images_of_any_mode_and_size_are_read_as_rgb_in_training_and_evaluation(
     save_in_each_folder(tmp_path, files)
     dataset = load_dataset("folder", str(tmp_path), image_size)
     training = Batches(dataset, dataset.train + dataset.search, 2 * len(files), CPU)
-    for batches in (training.epoch(0, 0), training, Batches(dataset, dataset.test, len(files), CPU)):
+    for batches in (
+        training.epoch(0, 0),
+        training,
+        Batches(dataset, dataset.test, len(files), CPU),
+    ):
         ((images, labels),) = batches
-        assert images.shape == (len(labels), 3, image_size, image_size) and len(labels) >= len(files)
+        assert images.shape == (len(labels), 3, image_size, image_size) and len(labels) >= len(
+            files
+        )
         assert images.dtype == torch.float32 and images.isfinite().all()
     if image_size == 32:  # that of the known pictures
-        found = dict(zip(sorted(files), dataset.test.images.permute(0, 2, 3, 1).numpy(), strict=True))
+        found = dict(
+            zip(sorted(files), dataset.test.images.permute(0, 2, 3, 1).numpy(), strict=True)
+        )
         for name, (_, expected, tolerance) in known.items():
             assert tolerance or np.array_equal(found[name], expected), name
-            assert np.abs(found[name].mean((0, 1)) - expected.mean((0, 1))).max() <= tolerance * 255, name
+            assert (
+                np.abs(found[name].mean((0, 1)) - expected.mean((0, 1))).max() <= tolerance * 255
+            ), name
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
@@ -367,12 +384,16 @@ def test_an_exif_orientation_is_ignored_in_training_and_evaluation(tmp_path, ima
     stripes = Image.fromarray(np.ascontiguousarray(np.broadcast_to(gradient(1, 80), (40, 80, 3))))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn: it would make the equal rows differ
-    save_in_each_folder(tmp_path, {f"{i}.jpg": encoded(stripes, "JPEG", exif=exif) for i in range(4)})
+    save_in_each_folder(
+        tmp_path, {f"{i}.jpg": encoded(stripes, "JPEG", exif=exif) for i in range(4)}
+    )
     dataset = load_dataset("folder", str(tmp_path), image_size)
     training = Batches(dataset, dataset.train + dataset.search, 8, CPU)
     for batches in (training.epoch(0, 0), training, Batches(dataset, dataset.test, 4, CPU)):
         for images, _ in batches:
-            inner = restored(images, dataset)[:, :, 8:-8, 8:-8]  # without the border that a crop may add
+            inner = restored(images, dataset)[
+                :, :, 8:-8, 8:-8
+            ]  # without the border that a crop may add
             assert np.ptp(inner, axis=2).max() <= 2
             assert np.ptp(inner, axis=3).max((1, 2)).min() > 2
 
@@ -381,15 +402,16 @@ def damaged_files() -> dict[str, bytes]:
     jpeg = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
     giant = b"P6 20000 10000 255\n"  # more pixels than Pillow accepts
     emf = b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60)  # on which Pillow divides by zero
+    deep = encoded(Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)), "PNG")
+    strip = encoded(Image.new("RGB", (5000, 1)), "PNG")  # nagadomi/nunif#256
     files = {"half.jpg": jpeg[: len(jpeg) // 2], "empty.jpg": b"", "gzip.JPEG": gzip.compress(jpeg)}
-    return files | {"giant.ppm": giant, "emf.png": emf}
+    return files | {"giant.ppm": giant, "emf.png": emf, "deep.png": deep, "strip.png": strip}
 
 
 @pytest.mark.parametrize("name", damaged_files())
 @pytest.mark.parametrize(("folder", "workers"), [("train", 0), ("val", 2)])
-def test_a_damaged_image_is_refused_with_its_path(tree, tmp_path, monkeypatch, name, folder, workers):
+def test_a_damaged_image_is_refused_with_its_path(tree, tmp_path, name, folder, workers):
     """pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10: small or streamed, also from a worker."""
-    monkeypatch.setattr(data.datasets, "DECODED", 2)
     tree({"train/a": 2, "train/b": 3, "val/a": 3})
     path = tmp_path / folder / "a" / name
     path.write_bytes(damaged_files()[name])
@@ -403,12 +425,16 @@ def test_a_damaged_image_is_refused_with_its_path(tree, tmp_path, monkeypatch, n
     ):
         with pytest.raises(UserError) as caught:
             read()
-        assert str(path) in str(caught.value).strip().splitlines()[-1]  # the lines before come from the worker
+        assert (
+            str(path) in str(caught.value).strip().splitlines()[-1]
+        )  # the lines before come from the worker
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 96])
 @pytest.mark.parametrize("shape", [(150, 120), (120, 201)])
-def test_evaluation_resizes_the_shorter_side_and_crops_the_centre_in_rgb_order(tree, tmp_path, image_size, shape):
+def test_evaluation_resizes_the_shorter_side_and_crops_the_centre_in_rgb_order(
+    tree, tmp_path, image_size, shape
+):
     """megvii-model/SinglePathOneShot#5. Large images are cropped as 224 out of 256; small ones keep their side."""
     tree({"train/a": 2, "train/b": 2, "test/a": 0})
     picture = Image.fromarray(noise(*shape, 3)).resize(shape[::-1], Image.Resampling.BOX)
@@ -445,7 +471,9 @@ def test_iterating_gives_every_image_once_in_order_normalised_and_unaugmented(ba
     assert torch.cat([labels for _, labels in parts]).tolist() == list(range(20))
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
     found = torch.cat([part for part, _ in parts]).numpy()
-    assert found.dtype == np.float32 and np.allclose(found, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
+    assert found.dtype == np.float32 and np.allclose(
+        found, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6
+    )
     assert all(part.is_contiguous(memory_format=torch.channels_last) for part, _ in parts)
 
 
@@ -467,9 +495,13 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     ("count", "batch_size", "sizes"),
     [(20, 8, [8, 8]), (40, 8, [8] * 5), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])],
 )
-def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(monkeypatch, count, batch_size, sizes):
+def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(
+    monkeypatch, count, batch_size, sizes
+):
     """openvinotoolkit/nncf#379, mapbox/robosat#228."""
-    monkeypatch.setattr(data.loaders, "AUGMENTED", 16)  # so that two batches of 8 are augmented together
+    monkeypatch.setattr(
+        data.loaders, "AUGMENTED", 16
+    )  # so that two batches of 8 are augmented together
     images = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     dataset = in_memory(images)
     batches = Batches(dataset, dataset.train, batch_size, CPU)
@@ -479,12 +511,16 @@ def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(monk
     labels = torch.cat([labels for _, labels in parts])
     assert len(labels.unique()) == len(labels), "an image came twice"
     brightest = np.concatenate([restored(part, dataset).max((1, 2, 3)) for part, _ in parts])
-    assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), "images and labels do not belong together"
+    assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), (
+        "images and labels do not belong together"
+    )
 
 
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(name, in_order):
+def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(
+    name, in_order
+):
     """Every pixel tells where it comes from; the drawn shift and mirroring must explain the whole image."""
     side, padding, count = 16, 2, 600
     rows, columns = np.mgrid[0:side, 0:side]
@@ -510,7 +546,9 @@ def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 6])
 def test_augmentation_cuts_one_square_out_of_each_image_with_its_centre_anywhere(length, in_order):
-    dataset = in_memory(torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2), mean=(101 / 255, 51 / 255, 7 / 255))
+    dataset = in_memory(
+        torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2), mean=(101 / 255, 51 / 255, 7 / 255)
+    )
     batches = Batches(dataset, dataset.train, 200, CPU)
     drawn = batches.augmented if in_order else partial(batches.epoch, 0, 0)
     whole, cut = (torch.cat([images for images, _ in drawn(size)]) for size in (0, length))
@@ -542,27 +580,45 @@ def test_streamed_batches_depend_on_seed_and_epoch_alone_and_repeat_no_augmentat
     for workers in (0, 2):
         seed_everything(workers)
         batches = Batches(dataset, dataset.train, 5, CPU, workers)
-        runs.append([*batches.epoch(1, 2), *batches.epoch(1, 3), *batches.augmented(), *batches.augmented(), *batches])
+        runs.append(
+            [
+                *batches.epoch(1, 2),
+                *batches.epoch(1, 3),
+                *batches.augmented(),
+                *batches.augmented(),
+                *batches,
+            ]
+        )
     assert [len(labels) for _, labels in runs[0]] == [5, 5, 5, 5, *[4] * 9]
-    in_order = [torch.cat([labels for _, labels in runs[0][start : start + 3]]).tolist() for start in (4, 7, 10)]
+    in_order = [
+        torch.cat([labels for _, labels in runs[0][start : start + 3]]).tolist()
+        for start in (4, 7, 10)
+    ]
     assert in_order == [dataset.train.labels.tolist()] * 3
-    assert all(torch.equal(first, again) for (first, _), (again, _) in zip(runs[0][4:7], runs[0][7:10], strict=True))
+    assert all(
+        torch.equal(first, again)
+        for (first, _), (again, _) in zip(runs[0][4:7], runs[0][7:10], strict=True)
+    )
     for (images, labels), (other_images, other_labels) in zip(*runs, strict=True):
-        assert images.shape == (len(labels), 3, 96, 96) and images.is_contiguous(memory_format=torch.channels_last)
+        assert images.shape == (len(labels), 3, 96, 96) and images.is_contiguous(
+            memory_format=torch.channels_last
+        )
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
         brightest = restored(images, dataset).mean((2, 3)).argmax(1)
-        assert [colours[channel] for channel in brightest] == [dataset.classes[label] for label in labels]
+        assert [colours[channel] for channel in brightest] == [
+            dataset.classes[label] for label in labels
+        ]
     drawn = torch.cat([images for images, _ in runs[1][:7]])  # of equal files, in each class
     assert len(drawn.unique(dim=0)) == len(drawn) == 32
 
 
-def test_a_checkpoints_normalisation_is_adopted_and_other_data_refused():
-    """Decoders differ in the last bit from machine to machine, so mean and std come from the checkpoint."""
+def test_a_checkpoint_brings_its_normalisation_and_refuses_other_data():
+    """Decoders differ in the last bit, so mean and std come from the checkpoint."""
     dataset = load_dataset("digits", "", 16)
     metadata = dataset.metadata() | {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    dataset.adopt(metadata, "x.pth")
+    dataset.check_checkpoint(metadata, "x.pth")
     assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    with pytest.raises(UserError, match=r"x\.pth has class 3 three, this command 3"):
-        dataset.adopt(metadata | {"classes": ["0", "1", "2", "three", *"456789"]}, "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth has classes .*three"):
+        dataset.check_checkpoint(metadata | {"classes": ["0", "1", "2", "three"]}, "x.pth")
     with pytest.raises(UserError, match=r"images \[1, 2\], this command \[1197, 300\]"):
-        dataset.adopt(metadata | {"images": [1, 2]}, "x.pth")
+        dataset.check_checkpoint(metadata | {"images": [1, 2]}, "x.pth")

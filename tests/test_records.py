@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from data.records import (
     BASELINE,
     METRICS,
-    Row,
+    Scored,
     best_first,
     kendall,
     kendall_interval,
@@ -25,12 +24,15 @@ from data.records import (
 from utils import UserError
 
 
-def made(count: int, generation: int = 0) -> list[Row]:
+def made(count: int, generation: int = 0) -> list[Scored]:
     """Rows with numbers that need all their digits; no two have the same choice."""
     rng = random.Random(generation)
     choices = [tuple(rng.randrange(4) for _ in range(20)) for _ in range(count)]
     scores = [[rng.uniform(0, 9) for _ in range(6)] for _ in range(count)]
-    return [Row(i, choice, *score, generation) for i, (choice, score) in enumerate(zip(choices, scores, strict=True))]
+    return [
+        Scored(i, choice, *score, generation)
+        for i, (choice, score) in enumerate(zip(choices, scores, strict=True))
+    ]
 
 
 @pytest.fixture
@@ -48,7 +50,11 @@ def test_rows_are_read_as_they_were_written_but_in_order(tmp_path: Path) -> None
     rows[4].loss = rows[4].half_loss = math.nan
     write_rows(tmp_path / "paths.csv", rows)
     again = read_rows(tmp_path / "paths.csv")
-    assert math.isnan(again[4].loss) and again[4].accuracy == rows[4].accuracy and again[5:] == rows[5:]
+    assert (
+        math.isnan(again[4].loss)
+        and again[4].accuracy == rows[4].accuracy
+        and again[5:] == rows[5:]
+    )
 
 
 def test_a_table_is_replaced_only_by_a_whole_one(tmp_path: Path, lines: list[str]) -> None:
@@ -61,103 +67,61 @@ def test_a_table_is_replaced_only_by_a_whole_one(tmp_path: Path, lines: list[str
 def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path, lines: list[str]) -> None:
     """A byte-order mark, Windows line ends, a blank line and the columns in another order."""
     swapped = [",".join(line.split(",")[::-1]) for line in lines]
-    (tmp_path / "paths.csv").write_bytes(("\r\n".join(["\ufeff" + swapped[0], "", *swapped[1:], ""])).encode())
+    (tmp_path / "paths.csv").write_bytes(
+        ("\r\n".join(["\ufeff" + swapped[0], "", *swapped[1:], ""])).encode()
+    )
     assert read_rows(tmp_path / "paths.csv") == made(4)
 
 
-def test_a_table_of_an_earlier_version_lacks_the_loss_on_the_first_half(tmp_path: Path, lines: list[str]) -> None:
-    left_out = lines[0].split(",").index("half_loss")
-    cells = [line.split(",") for line in lines]
-    (tmp_path / "paths.csv").write_text("".join(",".join(c[:left_out] + c[left_out + 1 :]) + "\n" for c in cells))
-    rows = read_rows(tmp_path / "paths.csv")
-    assert all(math.isnan(row.half_loss) for row in rows)
-    assert [replace(row, half_loss=0.0) for row in rows] == [replace(row, half_loss=0.0) for row in made(4)]
-    assert reliability(3 * rows, "loss") == (None, None)
-
-
-def test_a_repeated_line_is_refused_with_both_numbers(tmp_path: Path, lines: list[str]) -> None:
-    """The same place in a generation, or the same choice; a baseline may be drawn at random as well."""
+def test_a_repeated_row_is_refused_with_its_line(tmp_path: Path, lines: list[str]) -> None:
+    """By generation and choice: a baseline may be drawn at random too. Blank lines count."""
     cells = lines[2].split(",")
-    for repeat in (["7", *cells[1:]], [cells[0], lines[3].split(",")[1], *cells[2:]]):
-        (tmp_path / "paths.csv").write_text("\n".join([*lines[:3], ",".join(repeat), ""]))
-        with pytest.raises(UserError, match=r"paths\.csv, line 4: repeats line 3"):
-            read_rows(tmp_path / "paths.csv")
+    (tmp_path / "paths.csv").write_text(
+        "\n".join([*lines[:3], "", ",".join(["7", *cells[1:]]), ""])
+    )
+    with pytest.raises(UserError, match=r"paths\.csv, line 5: repeats"):
+        read_rows(tmp_path / "paths.csv")
     (tmp_path / "paths.csv").write_text("\n".join([*lines[:3], ",".join([*cells[:-1], "-1"]), ""]))
     assert [row.generation for row in read_rows(tmp_path / "paths.csv")] == [-1, 0, 0]
 
 
-def test_blank_lines_are_passed_over_and_count(tmp_path: Path, lines: list[str]) -> None:
-    (tmp_path / "paths.csv").write_text("\n".join([*lines[:2], "", lines[2], lines[2], ""]))
-    with pytest.raises(UserError, match=r"paths\.csv, line 5: repeats line 4"):
+@pytest.mark.parametrize("damaged", ["3,{c},fifty,5,1,1,9,2,0", "1.5,{c},5,5,1,1,9,2,0", "3,{c}"])
+def test_a_damaged_row_is_refused_with_its_line(
+    tmp_path: Path, lines: list[str], damaged: str
+) -> None:
+    damaged = damaged.format(c="-".join("0123" * 5))
+    (tmp_path / "paths.csv").write_text("\n".join([*lines[:3], damaged, lines[3]]))
+    with pytest.raises(UserError, match=r"paths\.csv, line 4: not a row"):
         read_rows(tmp_path / "paths.csv")
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        "3,{c},fifty,5,1,1,9,2,0",
-        "3,{c},400,5,1,1,9,2,0",
-        "3,{c},5,5,,1,9,2,0",
-        "3,{c},nan,5,1,1,9,2,0",
-        "3,{c},5,inf,1,1,9,2,0",
-        "3,{c},5,5,-1,1,9,2,0",
-        "3,{c},5,5,1,1,nan,2,0",
-        "1.5,{c},5,5,1,1,9,2,0",
-        "-3,{c},5,5,1,1,9,2,0",
-        "3,{c},5,5,1,1,9,2,-7",
-        "3,1-2-x,5,5,1,1,9,2,0",
-        "3,1-2-0,5,5,1,1,9,2,0",
-        "3,{c}",
-        "3,{c},5,5,1,1,9,2,",
-        "3,{c},5,5,1,1,9,2,04,{c},5,5,1,1,9,2,0",
-    ],
-)
-def test_a_cut_or_joined_line_and_an_impossible_number_are_refused_with_the_line(
-    tmp_path: Path, lines: list[str], damaged: str
-) -> None:
-    def check(choice: tuple[int, ...]) -> None:
-        if len(choice) != 20:
-            raise ValueError
-
-    damaged = damaged.format(c="-".join("0123" * 5))
-    for below in ([], lines[3:4]):
-        (tmp_path / "paths.csv").write_text("\n".join([*lines[:3], damaged, *below]))
-        with pytest.raises(UserError, match=r"paths\.csv, line 4: not a row"):
-            read_rows(tmp_path / "paths.csv", check)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"cannot be read \(No such file"),
-        (b"index,choice\xff\n", "not a CSV table in UTF-8"),
-        (b"epoch,lr\n1,0.1\n", "another table: it has no column index"),
-        (b"", "another table"),
-        (b"index,choice,loss,loss\n", "two columns of the same name"),
-    ],
-)
-def test_what_is_no_table_of_ours_is_refused_with_its_name(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "x.csv").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x\.csv .*{message}"):
+@pytest.mark.parametrize("content", ["epoch,lr\n1,0.1\n", ""])
+def test_another_table_is_refused_with_its_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(UserError, match=r"x\.csv is another table: it has no column index"):
         read_rows(tmp_path / "x.csv")
 
 
 def test_metrics_have_none_where_nothing_was_validated(tmp_path: Path) -> None:
-    rows = [dict.fromkeys(METRICS, 1.25), dict.fromkeys(METRICS, 2.5) | {"val_loss": None, "val_acc": None}]
+    rows = [
+        dict.fromkeys(METRICS, 1.25),
+        dict.fromkeys(METRICS, 2.5) | {"val_loss": None, "val_acc": None},
+    ]
     write_csv(tmp_path / "metrics.csv", rows, METRICS)
     assert read_metrics(tmp_path / "metrics.csv") == rows
-    write_csv(tmp_path / "metrics.csv", [rows[0] | {"lr": "much"}], METRICS)
-    with pytest.raises(UserError, match=r"metrics\.csv, line 2"):
-        read_metrics(tmp_path / "metrics.csv")
 
 
-@pytest.mark.parametrize(("by", "order"), [("accuracy", [4, 2, 0, 1, 3]), ("loss", [4, 0, 1, 3, 2])])
+@pytest.mark.parametrize(
+    ("by", "order"), [("accuracy", [4, 2, 0, 1, 3]), ("loss", [4, 0, 1, 3, 2])]
+)
 def test_the_best_come_first_then_by_the_other_score_then_by_age(by: str, order: list[int]) -> None:
     """Neither a baseline nor a score that is not defined comes at all."""
     scores = [(60.0, 1.0, 0), (60.0, 1.0, 1), (60.5, 2.0, 0), (50.0, 1.0, 0), (60.5, 0.5, 2)]
     scores += [(90.0, 0.1, BASELINE), (90.0, math.nan, 0), (90.0, math.inf, 0)]
-    rows = [Row(i, (i,), a, loss=loss, generation=generation) for i, (a, loss, generation) in enumerate(scores)]
+    rows = [
+        Scored(i, (i,), a, loss=loss, generation=generation)
+        for i, (a, loss, generation) in enumerate(scores)
+    ]
     assert [row.index for row in best_first(rows, by)] == order
 
 
@@ -166,7 +130,10 @@ def test_the_reliability_is_that_of_parallel_halves(by: str) -> None:
     """Scores made of a true value and independent noise on each half: the formula finds the share of the truth."""
     rng = np.random.default_rng(0)
     halves = rng.normal(60, 1, 5000) + rng.normal(0, 1.5, (2, 5000))
-    rows = [Row(0, (), **{by: a, f"half_{by}": h}) for a, h in zip(halves.mean(0), halves[0], strict=True)]
+    rows = [
+        Scored(0, (), **{by: a, f"half_{by}": h})
+        for a, h in zip(halves.mean(0), halves[0], strict=True)
+    ]
     trust, noise = reliability(rows, by)
     assert trust == pytest.approx(1 / (1 + 1.5**2 / 2), abs=0.03)
     assert noise == pytest.approx(1.5 / math.sqrt(2), abs=0.05)
@@ -177,9 +144,13 @@ def test_the_reliability_is_that_of_parallel_halves(by: str) -> None:
     [(9, 1.0, 1.0), (20, 0.0, 0.0), (20, 0.5, 1.0), (20, 0.0, 1.0)],
     ids=["few", "equal", "a half equal", "contrary"],
 )
-def test_a_ranking_without_reliability_is_said_to_have_none(count: int, accuracy: float, half: float) -> None:
-    rows = [Row(i, (), accuracy=50 + accuracy * i, half_accuracy=50 + half * i) for i in range(count)]
-    assert reliability(rows) == (None, None)
+def test_a_ranking_without_reliability_is_said_to_have_none(
+    count: int, accuracy: float, half: float
+) -> None:
+    rows = [
+        Scored(i, (), accuracy=50 + accuracy * i, half_accuracy=50 + half * i) for i in range(count)
+    ]
+    assert reliability(rows, "accuracy") == (None, None)
 
 
 def naive_kendall(first: np.ndarray, second: np.ndarray) -> float:

@@ -20,9 +20,9 @@ from blocks import CANDIDATES
 from conftest import TINY, Run
 from data.datasets import load_dataset
 from data.loaders import Batches
-from data.records import read_metrics
+from data.records import load_checkpoint, read_metrics
 from model import SearchSpace, Supernet
-from utils import UserError, load_checkpoint, pick_precision, read_json
+from utils import UserError, named_rng, pick_precision, read_json
 
 CPU = torch.device("cpu")
 ZEROS = "-".join("0" * 20)
@@ -64,12 +64,18 @@ def alone(search: Run, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
     folder, validated, evaluate = tmp_path_factory.mktemp("runs") / "alone", [], supernet.evaluate
     flags = ["--choice", str(search.folder / "search.json"), "--batch_size", "128", "--epochs", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supernet, "evaluate", lambda *a, **more: validated.append(a[1].labels) or evaluate(*a, **more))
+        patch.setattr(
+            supernet,
+            "evaluate",
+            lambda *a, **more: validated.append(a[1].labels) or evaluate(*a, **more),
+        )
         with patch.context() as stop, pytest.raises(KeyboardInterrupt):
             stop.setattr(supernet, "check_finite", interrupt)
             supernet.main([*flags, *resume(folder)])
         supernet.main(resume(folder))
-    return SimpleNamespace(folder=folder, validated=validated, found=read_json(search.folder / "search.json"))
+    return SimpleNamespace(
+        folder=folder, validated=validated, found=read_json(search.folder / "search.json")
+    )
 
 
 # Files
@@ -79,54 +85,69 @@ def test_a_run_writes_what_it_promises(run: Run) -> None:
     names = {path.name for path in run.folder.glob("[!.]*")}
     assert names == {"args.json", "log.txt", "metrics.csv", "last.pth", "training.png"}
     rows, args = metrics(run.folder), read_json(run.folder / "args.json")
-    assert list(rows[0]) == ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
+    assert list(rows[0]) == [
+        "epoch",
+        "lr",
+        "train_loss",
+        "train_acc",
+        "val_loss",
+        "val_acc",
+        "seconds",
+    ]
     assert [(row["epoch"], row["lr"]) for row in rows] == [(1, 0.1), (2, 0.05)]
     assert (args["dataset"], args["precision"], args["init"]) == ("digits", "fp32", "identity")
     log = (run.folder / "log.txt").read_text()
     assert "random paths" in log and "device    cpu" in log and "graphs    not used" in log
     (command,) = [shlex.split(line)[1:] for line in log.splitlines() if line.startswith("next: ")]
     parsed = random_search.build_parser().parse_args(command[2:])
-    assert command[:2] == ["python", "random_search.py"] and parsed.ckpt == str(run.folder / "last.pth")
+    assert command[:2] == ["python", "random_search.py"] and parsed.ckpt == str(
+        run.folder / "last.pth"
+    )
 
 
 def test_the_checkpoint_is_plain_data(run: Run) -> None:
     """facebookresearch/fvcore#154: no namespaces or NumPy values; Lyken17/pytorch-OpCounter#82: no counters."""
     content = torch.load(run.folder / "last.pth", weights_only=True)
-    assert content["epoch"] == 2 and content["args"]["epochs"] == 2 and content["data"]["name"] == "digits"
-    assert content["candidates"] == list(CANDIDATES)
+    assert (
+        content["epoch"] == 2
+        and content["args"]["epochs"] == 2
+        and content["data"]["name"] == "digits"
+    )
+    assert content["args"]["candidates"] == list(CANDIDATES)
     assert content["model"].keys() == Supernet(10, 8).state_dict().keys()
     assert not any("total_" in key or key.startswith("module.") for key in content["model"])
 
 
 def test_an_old_run_is_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> None:
-    """LibreYOLO/libreyolo#833; --overwrite deletes the scripts' own files and nothing else."""
+    """LibreYOLO/libreyolo#833; --overwrite deletes the run's own files and nothing else."""
     folder = Path(shutil.copytree(run.folder, tmp_path / "net"))
     (folder / "search").mkdir()
-    for name in ("notes.md", "search/paths.csv", "search/standalone.png", "search/notes.md"):
+    for name in ("notes.md", "search/paths.csv"):
         (folder / name).write_text("mine")
     before = (folder / "last.pth").read_bytes()
     with pytest.raises(UserError, match="--overwrite"):
         train(tmp_path)
     assert (folder / "last.pth").read_bytes() == before
     train(tmp_path, "--overwrite", "--no_cuda_graphs")
-    assert len(metrics(folder)) == 1 and [path.name for path in (folder / "search").glob("[!.]*")] == ["notes.md"]
-    assert (folder / "notes.md").read_text() == (folder / "search/notes.md").read_text() == "mine"
+    assert len(metrics(folder)) == 1
+    assert {(folder / name).read_text() for name in ("notes.md", "search/paths.csv")} == {"mine"}
     args, checkpoint = supernet.parse_args(resume(folder))  # both flags were for that command only
     assert checkpoint["epoch"] == 1 and not args.overwrite and not args.no_cuda_graphs
 
 
-def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_saving_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """zylo117/Yet-Another-EfficientDet-Pytorch#101."""
-    original, saves = torch.save, []
+    original, saves = Path.write_bytes, []
 
-    def save(content, path):
+    def write(path, content):
         saves.append(path)
-        original(content, path)
+        original(path, content[:1000] if len(saves) == 2 else content)
         if len(saves) == 2:
-            path.write_bytes(path.read_bytes()[:1000])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "--epochs", "2")
     assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] == 1
@@ -135,7 +156,9 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, monkeypa
 # Continuing
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ultralytics/yolov5#292, pytorch/ignite#2076: weights, momentum, rates, paths and order all go on."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(supernet, "check_finite", interrupt)
@@ -144,42 +167,43 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path, mon
     supernet.main([*resume(tmp_path / "net"), "--workers", "0"])
     assert same(weights(run.folder), weights(tmp_path / "net"))
     assert metrics(run.folder) == metrics(tmp_path / "net")
-    first, second = (load_checkpoint(f / "last.pth")["optimizer"]["state"] for f in (run.folder, tmp_path / "net"))
+    first, second = (
+        load_checkpoint(f / "last.pth")["optimizer"]["state"]
+        for f in (run.folder, tmp_path / "net")
+    )
     assert first.keys() == second.keys() and all(same(first[i], second[i]) for i in first)
-
-
-def test_momentum_of_an_earlier_version_goes_on(run: Run) -> None:
-    """Which lacks the buffers of what no step had touched, and was not fused: the step is that of PyTorch's own SGD."""
-    args, checkpoint = supernet.parse_args(resume(run.folder))
-    state, moved = checkpoint["optimizer"], []
-    state["state"] = {i: value for i, value in state["state"].items() if i % 3}
-    state["param_groups"] = [group | {"fused": None} for group in state["param_groups"]]
-    for ours in (True, False):
-        model = Supernet(10, 8)
-        model.load_state_dict(checkpoint["model"])
-        optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": []}])
-        optimizer.load_state_dict(copy.deepcopy(state))
-        if ours:
-            optimizer = supernet.build_optimizer(model, args, copy.deepcopy(state))
-        F.cross_entropy(model(torch.ones(2, 3, 8, 8), (0,) * 20), torch.tensor([0, 1])).backward()
-        optimizer.step()
-        moved.append(dict(model.named_parameters()))
-    torch.testing.assert_close(*moved)
 
 
 def test_a_complete_run_is_left_alone(run: Run, capsys: pytest.CaptureFixture) -> None:
     """sparticlesteve/cosmoflow-benchmark#48."""
     before = (run.folder / "last.pth").read_bytes()
     supernet.main([*run.flags, "--resume"])
-    assert "complete" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming after epoch 2" in said and "epoch 3" not in said
     assert (run.folder / "last.pth").read_bytes() == before
 
 
 def test_a_continuation_takes_the_runs_settings_but_may_work_in_another_way(run: Run) -> None:
     args, checkpoint = supernet.parse_args(resume(run.folder))
     assert (args.dataset, args.batch_size, args.image_size, args.epochs) == ("digits", 128, 8, 2)
-    flags = ["--data_dir", "there", "--device", "cuda", "--workers", "7", "--val_interval", "3", "--no_cuda_graphs"]
-    changed = {"data_dir": "there", "device": "cuda", "workers": 7, "val_interval": 3, "no_cuda_graphs": True}
+    flags = [
+        "--data_dir",
+        "/there",
+        "--device",
+        "cuda",
+        "--workers",
+        "7",
+        "--val_interval",
+        "3",
+        "--no_cuda_graphs",
+    ]
+    changed = {
+        "data_dir": "/there",
+        "device": "cuda",
+        "workers": 7,
+        "val_interval": 3,
+        "no_cuda_graphs": True,
+    }
     assert checkpoint["epoch"] == 2 and not vars(args).items() & changed.items()
     assert vars(supernet.parse_args([*resume(run.folder), *flags])[0]) == vars(args) | changed
 
@@ -189,24 +213,22 @@ seed 0 1, precision fp32 bf16, init identity official"""
 
 
 @pytest.mark.parametrize("change", [*REFUSED.split(","), f"choice None {ZEROS}"])
-def test_a_continuation_with_another_setting_is_refused_with_both_values(run: Run, change: str) -> None:
+def test_a_continuation_with_another_setting_is_refused_with_both_values(
+    run: Run, change: str
+) -> None:
     """mlfoundations/open_clip#413: another length, for one, would change the decay."""
     name, before, now = change.split()
     with pytest.raises(UserError, match=f"{name} {before}, this command {now}"):
         supernet.parse_args([*resume(run.folder), f"--{name}", now])
 
 
-def test_a_run_of_before_the_rate_fell_step_by_step_is_refused(run: Run, tmp_path: Path) -> None:
-    content = load_checkpoint(run.folder / "last.pth")
-    del content["args"]["init"]
-    torch.save(content, tmp_path / "last.pth")
-    with pytest.raises(UserError, match=r"last\.pth is of an earlier version"):
-        supernet.parse_args(resume(tmp_path))
-
-
 def test_without_a_checkpoint_a_continuation_begins_and_says_so(alone: SimpleNamespace) -> None:
     log = (alone.folder / "log.txt").read_text()
-    assert log.index("no checkpoint in") < log.index("epoch 1/2") < log.index("resuming after epoch 1")
+    assert (
+        log.index("no checkpoint yet")
+        < log.index("epoch 1/2")
+        < log.index("resuming after epoch 1")
+    )
 
 
 # Learning
@@ -220,7 +242,9 @@ def test_the_initial_weights_are_those_asked_for_and_recorded(tmp_path: Path) ->
     assert supernet.parse_args(resume(folder))[0].init == "official"
 
 
-def test_every_step_trains_in_training_mode_on_a_path_of_its_own(run: Run, tmp_path: Path, monkeypatch) -> None:
+def test_every_step_trains_in_training_mode_on_a_path_of_its_own(
+    run: Run, tmp_path: Path, monkeypatch
+) -> None:
     """joeynmt/joeynmt#184: validation does not leave the model in eval mode, nor count as a batch.
 
     MichiganCOG/ViP#25: another seed trains another network.
@@ -239,21 +263,39 @@ def test_every_step_trains_in_training_mode_on_a_path_of_its_own(run: Run, tmp_p
     assert not same(weights(run.folder), weights(folder))
 
 
-def test_the_rate_falls_at_every_step_from_its_start_to_almost_zero(tmp_path: Path, monkeypatch) -> None:
+def test_the_rate_falls_at_every_step_from_its_start_to_almost_zero(
+    tmp_path: Path, monkeypatch
+) -> None:
     """mlfoundations/open_clip#413: never negative, never rising. The other schedule's steps are in test_ranks.py."""
     rates, step = [], torch.optim.SGD.step
     monkeypatch.setattr(
-        torch.optim.SGD, "step", lambda self: rates.append([group["lr"] for group in self.param_groups]) or step(self)
+        torch.optim.SGD,
+        "step",
+        lambda self: rates.append([group["lr"] for group in self.param_groups]) or step(self),
     )
-    flags = ["--epochs", "2", "--learning_rate", "0.04", "--lr_schedule", "cosine", "--val_interval", "5"]
+    flags = [
+        "--epochs",
+        "2",
+        "--learning_rate",
+        "0.04",
+        "--lr_schedule",
+        "cosine",
+        "--val_interval",
+        "5",
+    ]
     rows = metrics(train(tmp_path, *flags))
     expected = [0.04 * math.cos(math.pi * i / 36) ** 2 for i in range(18)]
     assert torch.tensor(rates).T.tolist() == [pytest.approx(expected)] * 2
     assert [row["lr"] for row in rows] == pytest.approx([expected[0], expected[9]])
-    assert [row["val_acc"] is None for row in rows] == [True, False]  # the last epoch is validated anyway
+    assert [row["val_acc"] is None for row in rows] == [
+        True,
+        False,
+    ]  # the last epoch is validated anyway
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nerogar/OneTrainer#1147: epoch and step are named, and the last good checkpoint stays."""
     original = Batches.epoch
 
@@ -265,30 +307,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"epoch 2, step 5"):
         train(tmp_path, "--epochs", "3")
     checkpoint = load_checkpoint(tmp_path / "net/last.pth")
-    assert checkpoint["epoch"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert checkpoint["epoch"] == 1 and all(
+        value.isfinite().all() for value in checkpoint["model"].values()
+    )
 
 
 def test_bf16_training_keeps_fp32_weights_and_goes_on_as_such(tmp_path: Path) -> None:
     folder = train(tmp_path, "--precision", "bf16")
-    assert {value.dtype for value in weights(folder).values() if value.is_floating_point()} == {torch.float32}
-    for more in ([], ["--precision", "auto"], ["--precision", "bf16"]):
+    assert {value.dtype for value in weights(folder).values() if value.is_floating_point()} == {
+        torch.float32
+    }
+    for more in ([], ["--precision", "bf16"]):
         assert supernet.parse_args([*resume(folder), *more])[0].precision == "bf16"
 
 
 @pytest.mark.parametrize(
-    ("device", "hardware", "expected"), [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp32")]
+    ("device", "hardware", "expected"),
+    [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp32")],
 )
-def test_auto_is_bf16_where_cuda_has_it(monkeypatch, device: str, hardware: bool, expected: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware or including_emulation)
+def test_auto_is_bf16_where_cuda_has_it(
+    monkeypatch, device: str, hardware: bool, expected: str
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: hardware or including_emulation
+    )
     assert pick_precision("auto", torch.device(device)) == expected
-    assert [pick_precision(name, torch.device(device)) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert [pick_precision(name, torch.device(device)) for name in ("fp32", "bf16")] == [
+        "fp32",
+        "bf16",
+    ]
 
 
 # Validation
 
 
 @pytest.mark.parametrize(("size", "own"), [(250, True), (7, True), (1, True), (7, False)])
-def test_validation_uses_each_batchs_statistics_or_the_running_ones(run: Run, size: int, own: bool) -> None:
+def test_validation_uses_each_batchs_statistics_or_the_running_ones(
+    run: Run, size: int, own: bool
+) -> None:
     """As BatchNorm does in training or not, and without a trace in any buffer; also of a single image.
 
     All but BatchNorm is in eval mode: a block in training mode might replay the CUDA graph of a training step.
@@ -296,20 +352,31 @@ def test_validation_uses_each_batchs_statistics_or_the_running_ones(run: Run, si
     model, dataset, modes = Supernet(10, 8), load_dataset("digits", "", 8), set()
     model.load_state_dict(weights(run.folder))
     batches = Batches(dataset, dataset.search.subset(range(50)), size, CPU)
-    paths, before = supernet.fixed_paths(SearchSpace(model), batches, 0), copy.deepcopy(model.state_dict())
+    space, rng, before = SearchSpace(model), named_rng(0, "any"), copy.deepcopy(model.state_dict())
+    paths = [space.sample(rng) for _ in range(len(batches))]
     reference = copy.deepcopy(model).train(own)
     for module in model.modules():
-        module.register_forward_pre_hook(lambda module, _: modes.add((type(module).__name__, module.training)))
-    measured = supernet.evaluate(model, batches, paths, own_statistics=own)
+        module.register_forward_pre_hook(
+            lambda module, _: modes.add((type(module).__name__, module.training))
+        )
+    measured = supernet.evaluate(model, batches, paths, own)
     assert same(before, model.state_dict())
     assert all(training == (own and name == "BatchNorm") for name, training in modes)
     assert {"ShuffleBlock", "BatchNorm"} <= {name for name, _ in modes}
     with torch.no_grad():
-        logits = torch.cat([reference(x, choice) for (x, _), choice in zip(batches, paths, strict=True)])
-    assert measured["top1"] == pytest.approx(100 * (logits.argmax(1) == batches.labels).float().mean().item())
-    assert measured["loss"] == pytest.approx(F.cross_entropy(logits, batches.labels).item(), rel=1e-5)
+        logits = torch.cat(
+            [reference(x, choice) for (x, _), choice in zip(batches, paths, strict=True)]
+        )
+    assert measured["top1"] == pytest.approx(
+        100 * (logits.argmax(1) == batches.labels).float().mean().item()
+    )
+    assert measured["loss"] == pytest.approx(
+        F.cross_entropy(logits, batches.labels).item(), rel=1e-5
+    )
     model.train()(torch.ones(2, 3, 8, 8), paths[0])
-    assert not torch.equal(before["stem.1.running_var"], model.stem[1].running_var)  # training goes on to track them
+    assert not torch.equal(
+        before["stem.1.running_var"], model.stem[1].running_var
+    )  # training goes on to track them
 
 
 def test_validation_batches_hold_images_of_every_class() -> None:
@@ -336,14 +403,29 @@ def test_test_images_change_nothing_that_is_learned(run: Run, tmp_path: Path, mo
 # One architecture alone
 
 
-def test_one_architecture_trains_by_the_same_loop_and_is_tested_once(alone: SimpleNamespace) -> None:
+def test_one_architecture_trains_by_the_same_loop_and_is_tested_once(
+    alone: SimpleNamespace,
+) -> None:
     result, args = read_json(alone.folder / "result.json"), read_json(alone.folder / "args.json")
-    assert (args["dataset"], args["image_size"], args["choice"]) == ("digits", 8, alone.found["choice"])
-    assert (result["choice"], result["supernet_accuracy"]) == (alone.found["choice"], alone.found["accuracy"])
+    assert (args["dataset"], args["image_size"], args["choice"]) == (
+        "digits",
+        8,
+        alone.found["choice"],
+    )
+    assert (result["choice"], result["supernet_accuracy"]) == (
+        alone.found["choice"],
+        alone.found["accuracy"],
+    )
     accuracy = result["test_accuracy"] / 100
-    assert result["standard_error"] == pytest.approx(100 * math.sqrt(accuracy * (1 - accuracy) / 300))
-    assert "test_top5" not in result and result["params_m"] == pytest.approx(alone.found["params_m"])
-    parameters = [value for key, value in weights(alone.folder).items() if "running" not in key and "num_" not in key]
+    assert result["standard_error"] == pytest.approx(
+        100 * math.sqrt(accuracy * (1 - accuracy) / 300)
+    )
+    assert result["params_m"] == pytest.approx(alone.found["params_m"])
+    parameters = [
+        value
+        for key, value in weights(alone.folder).items()
+        if "running" not in key and "num_" not in key
+    ]
     assert sum(value.numel() for value in parameters) == round(1e6 * result["params_m"])
     test = load_dataset("digits", "", 8).test.labels
     assert [torch.equal(labels, test) for labels in alone.validated] == [False, False, True]
@@ -355,8 +437,13 @@ def test_a_finished_network_runs_with_torch_alone(alone: SimpleNamespace, tmp_pa
     torch.save(test.images, tmp_path / "images.pt")
     code = "import sys, torch; network = torch.export.load(sys.argv[1]).module(); x = torch.load('images.pt');"
     code += "torch.save([network(x[:n]) for n in (1, 7, 300)], 'logits.pt'); assert 'torchvision' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, alone.folder / "model.pt2"], cwd=tmp_path, check=True)
-    checkpoint, choice = load_checkpoint(alone.folder / "last.pth"), [int(n) for n in alone.found["choice"].split("-")]
+    subprocess.run(
+        [sys.executable, "-c", code, alone.folder / "model.pt2"], cwd=tmp_path, check=True
+    )
+    checkpoint, choice = (
+        load_checkpoint(alone.folder / "last.pth"),
+        [int(n) for n in alone.found["choice"].split("-")],
+    )
     model = Supernet(10, 8, affine=True, choice=choice)
     model.load_state_dict(checkpoint["model"])
     mean, std = (torch.tensor(checkpoint["data"][name])[:, None, None] for name in ("mean", "std"))
@@ -373,19 +460,23 @@ def test_a_finished_network_runs_with_torch_alone(alone: SimpleNamespace, tmp_pa
 def test_a_network_may_start_from_its_weights_in_the_supernet(run: Run, tmp_path: Path) -> None:
     """ShunLu91/Single-Path-One-Shot-NAS#19: with a rate that moves nothing they are still the supernet's."""
     flags = ["--choice", ZEROS, "--learning_rate", "1e-20", "--init_from"]
-    ours, supernets = weights(train(tmp_path, *flags, str(run.folder / "last.pth"))), weights(run.folder)
+    ours, supernets = (
+        weights(train(tmp_path, *flags, str(run.folder / "last.pth"))),
+        weights(run.folder),
+    )
     shared = [key for key, value in ours.items() if value.ndim > 1]
     assert len(shared) == 67 and all(torch.equal(ours[key], supernets[key]) for key in shared)
     content = load_checkpoint(run.folder / "last.pth")
     content["model"]["head.classifier.weight"] = torch.zeros(7, 1024)
     torch.save(content, tmp_path / "seven.pth")
-    for wrong, message in {"net/last.pth": "single architecture", "seven.pth": "does not fit.*classifier"}.items():
-        with pytest.raises(UserError, match=f"{wrong}.*{message}"):
-            train(tmp_path, *flags, str(tmp_path / wrong), "--overwrite")
+    with pytest.raises(UserError, match=r"seven\.pth: .*classifier"):
+        train(tmp_path, *flags, str(tmp_path / "seven.pth"), "--overwrite")
     assert (tmp_path / "net/result.json").exists()
 
 
-def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_training_on_all_adds_the_search_split_and_validates_nothing(
+    tmp_path: Path, monkeypatch
+) -> None:
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(self) or step(self))
     folder = train(tmp_path, "--choice", ZEROS, "--train_on", "all")
@@ -399,7 +490,16 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", {"epochs": 600, "batch_size": 96, "learning_rate": 0.1, "weight_decay": 3e-4, "cutout": 0}),
+        (
+            "",
+            {
+                "epochs": 600,
+                "batch_size": 96,
+                "learning_rate": 0.1,
+                "weight_decay": 3e-4,
+                "cutout": 0,
+            },
+        ),
         ("", {"image_size": 32, "init": "identity", "momentum": 0.9, "lr_schedule": "linear"}),
         ("--choice ZEROS", {"epochs": 600, "cutout": 16}),
         ("--choice ZEROS --dataset folder --image_size 8", {"cutout": 4}),
@@ -408,13 +508,22 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path: P
         ("--init official", {"learning_rate": 0.025}),
         ("--init official --learning_rate 0.2", {"learning_rate": 0.2}),
         ("--dataset folder --image_size 64", {"learning_rate": 0.1, "init": "identity"}),
-        ("--dataset folder --image_size 72", {"learning_rate": 0.025, "init": "official", "cutout": 0}),
+        (
+            "--dataset folder --image_size 72",
+            {"learning_rate": 0.025, "init": "official", "cutout": 0},
+        ),
         ("--dataset folder --image_size 72 --init identity", {"learning_rate": 0.1}),
         ("--dataset folder --image_size 72 --choice ZEROS", {"cutout": 36}),
-        ("--dataset imagenet", {"epochs": 120, "batch_size": 1024, "label_smoothing": 0.1, "image_size": 224}),
+        (
+            "--dataset imagenet",
+            {"epochs": 120, "batch_size": 1024, "label_smoothing": 0.1, "image_size": 224},
+        ),
         ("--dataset imagenet --choice ZEROS", {"epochs": 240, "weight_decay": 4e-5, "cutout": 0}),
-        ("--dataset imagenet --epochs 3 --cutout", {"epochs": 3, "learning_rate": 0.5, "cutout": 112}),
-        ("--dataset digits --choice ZEROS", {"epochs": 10, "momentum": 0.8, "image_size": 16, "cutout": 0}),
+        ("--dataset imagenet --epochs 3", {"epochs": 3, "learning_rate": 0.5, "cutout": 0}),
+        (
+            "--dataset digits --choice ZEROS",
+            {"epochs": 10, "momentum": 0.8, "image_size": 16, "cutout": 0},
+        ),
         ("--dataset digits --init official", {"learning_rate": 0.1}),
     ],
 )
@@ -430,13 +539,21 @@ def test_presets_suit_the_data_and_flags_win(flags: str, expected: dict) -> None
         ("", ("folder", 48, "/pictures", 24)),
         ("--image_size 64 --dataset folder", ("folder", 64, "/pictures", 32)),
         ("--data_dir ~/here", ("folder", 48, "HOME/here", 24)),
-        ("--dataset cifar10", ("cifar10", 32, "./data", 16)),
-        ("--dataset digits --image_size 24 --data_dir there", ("digits", 24, "there", 0)),
+        ("--dataset digits --image_size 24 --data_dir /there", ("digits", 24, "/there", 0)),
     ],
 )
-def test_a_search_brings_its_data_along_and_flags_win(tmp_path: Path, monkeypatch, flags: str, expected: tuple) -> None:
+def test_a_search_brings_its_data_along_and_flags_win(
+    tmp_path: Path, monkeypatch, flags: str, expected: tuple
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = {"choice": ZEROS, "accuracy": 50.0, "dataset": "folder", "image_size": 48, "data_dir": "/pictures"}
+    found = {
+        "choice": ZEROS,
+        "accuracy": 50.0,
+        "dataset": "folder",
+        "image_size": 48,
+        "data_dir": "/pictures",
+    }
+    found["candidates"] = list(CANDIDATES)
     (tmp_path / "search.json").write_text(json.dumps(found))
     args, _ = supernet.parse_args(["--choice", "~/search.json", *flags.split()])
     assert (args.choice, args.supernet_accuracy) == (ZEROS, 50)
@@ -444,46 +561,40 @@ def test_a_search_brings_its_data_along_and_flags_win(tmp_path: Path, monkeypatc
     assert (args.dataset, args.image_size, data_dir, args.cutout) == expected
 
 
-def test_a_choice_may_be_written_in_several_ways(tmp_path: Path) -> None:
-    """docling-project/docling#4097: a search.json that another program rewrote, with a byte-order mark and a list."""
-    numbers, file = "0123" * 4 + "3210", tmp_path / "list.json"
-    file.write_text(json.dumps({"choice": list(map(int, numbers)), "accuracy": 1.0}), encoding="utf-8-sig")
-    for text in ("-".join(numbers), f"[{', '.join(numbers)}]", f" {','.join(numbers)} ", " ".join(numbers), str(file)):
-        assert supernet.parse_args(["--choice", text])[0].choice == "-".join(numbers)
-
-
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        *[(text, "20 numbers from 0 to 3") for text in ("", "1-2-3", "-".join("4" * 20), "no/such/search.json")],
-        ("0-" * 1000, "20 numbers"),  # Aider-AI/aider#4145: too long for the name of a file
+        *[(text, "a choice like 1-0-3") for text in ("", "no/such/search.json")],
+        ("1-2-3", "20 numbers"),
+        ("-".join("4" * 20), "layer 0 has no candidate 4"),
+        ("0-" * 1000 + "0", "20 numbers"),  # too long for a file name (Aider-AI/aider#4145)
         ("log.txt", "is not valid JSON"),
-        ("args.json", "holds no choice"),
+        ("args.json", "no search.json: it lacks 'accuracy'"),
         (ZEROS, "layer 4 has no candidate 0"),
     ],
 )
-def test_a_wrong_choice_is_refused(run: Run, tmp_path: Path, monkeypatch, choice: str, message: str) -> None:
+def test_a_wrong_choice_is_refused(
+    run: Run, tmp_path: Path, monkeypatch, choice: str, message: str
+) -> None:
     monkeypatch.chdir(run.folder)
     offered = CANDIDATES["shuffle3"]
-    monkeypatch.setitem(CANDIDATES, "shuffle3", lambda *shape: None if shape[2] == 2 else offered(*shape))
+    monkeypatch.setitem(
+        CANDIDATES, "shuffle3", lambda *shape: None if shape[2] == 2 else offered(*shape)
+    )
     with pytest.raises(UserError, match=message):
         train(tmp_path, "--choice", choice)
 
 
-WRONG = """--epochs 99999999999; --workers 9999; --batch_size 0; --learning_rate -1; --weight_decay -0.1; --cutout 32;
---seed -1; --seed 4294967296; --seed abc; --workers -1; --epo 3; --resume False; --resume --overwrite; --train_on all;
---init zero; --init_from last.pth; --init_from last.pth --init official --choice ZEROS; --image_size 64;
---exp_name ../up; --exp_name ..; --exp_name a:b; --dataset mnist; --local_rank=0; --local-rank=0"""
+WRONG = """--epochs 99999999999; --batch_size 0; --learning_rate -1; --weight_decay -0.1; --cutout 32;
+--seed -1; --seed 4294967296; --seed abc; --workers -1; --epo 3; --resume False; --resume --overwrite;
+--train_on all; --init zero; --init_from last.pth; --init_from last.pth --init official --choice ZEROS;
+--image_size 64; --dataset mnist; --local-rank=0"""
 
 
 @pytest.mark.parametrize("flags", WRONG.split(";"))
-def test_wrong_usage_exits_with_2_before_any_work(flags: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """ACEsuit/mace#429, mllam/neural-lam#234, RasmussenLab/vamb#425, bghira/SimpleTuner#97.
-
-    skycrapers/TecoGAN-PyTorch#31: the flag of launchers before torchrun gets a hint.
-    """
+def test_wrong_usage_exits_with_2_before_any_work(flags: str, tmp_path: Path, monkeypatch) -> None:
+    """ACEsuit/mace#429, mllam/neural-lam#234, RasmussenLab/vamb#425, bghira/SimpleTuner#97."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         supernet.main(flags.replace("ZEROS", ZEROS).split())
     assert exit.value.code == 2 and not list(tmp_path.iterdir())
-    assert ("torchrun" in capsys.readouterr().err) == ("local" in flags)
