@@ -56,11 +56,9 @@ class Supernet(nn.Module):
         super().__init__()
         self.image_size, self.names = image_size, list(CANDIDATES)
         stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False),
-            BatchNorm(STEM_CHANNELS, affine=affine),
-            nn.ReLU(inplace=True),
-        )
+        conv = nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False)
+        norm = BatchNorm(STEM_CHANNELS, affine=affine)
+        self.stem = nn.Sequential(conv, norm, nn.ReLU(inplace=True))
         self.layers = nn.ModuleList()
         in_channels = STEM_CHANNELS
         for i, out_channels in enumerate(CHANNELS):
@@ -133,11 +131,9 @@ class Supernet(nn.Module):
         BatchNorm's scales and shifts, which a supernet lacks, stay as they are. Raises ValueError
         if any other entry is missing, or if one is left over that belongs to no candidate.
         """
+        layers = enumerate(self.layers)
         off_path = tuple(
-            f"layers.{i}.{name}."
-            for i, layer in enumerate(self.layers)
-            for name in self.names
-            if name not in layer
+            f"layers.{i}.{n}." for i, layer in layers for n in self.names if n not in layer
         )
         on_path = {key: value for key, value in state.items() if not key.startswith(off_path)}
         missing, unexpected = self.load_state_dict(on_path, strict=False)
@@ -180,9 +176,8 @@ class Classifier(nn.Module):
 class Node:
     """A module at its place in the tree of paths, with BatchNorm statistics of its own.
 
-    The statistics of a module depend on the path up to it alone, so paths with a common prefix
-    share nodes, and the prefix is computed once a batch. The tree is walked depth first: one batch
-    of activations per layer is in memory.
+    The statistics depend on the path up to the module alone, so paths share the computation of a
+    common prefix. The tree is walked depth first: one batch of activations per layer is in memory.
     """
 
     def __init__(self, module: nn.Module):
@@ -194,8 +189,7 @@ class Node:
     def calibrate(self, x: Tensor, i: int) -> None:
         """Adds the i-th batch, counted from 1, to the statistics of this node and all below it.
 
-        The modules must be in training mode with momentum 1, so that their buffers become the
-        statistics of the batch.
+        In training mode with momentum 1, so that the buffers are the statistics of the batch.
         """
         for buffer in self.buffers:
             buffer.zero_()  # momentum 1 still computes 0 * old, and 0 * nan is nan

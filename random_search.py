@@ -1,8 +1,7 @@
 """Scores architectures with a trained supernet's weights, each with its own BatchNorm statistics.
 
 Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's statistics are
-recomputed for it on training images, augmented as in training. Random search, and with
---generations evolution beside it.
+recomputed for it. Random search, and with --generations evolution beside it.
 """
 
 import argparse
@@ -34,7 +33,7 @@ CALIBRATION_BATCH = 250  # fixed: the mean over batches of their variances depen
 GROUP = 50  # at most so many paths are scored and recorded together
 SEARCH_FILES = ["args.json", "log.txt", "paths.csv", "search.json", "standalone.png"]
 SEARCH_FILES += ["histogram.png", "pareto.png", "choices.png", "evolution.png"]
-# Settings that the scores depend on, that evolution depends on, and that may grow.
+# Recorded settings: those that the scores depend on, those that children depend on, the rest.
 SCORED_BY = ["checkpoint", "candidates", "split", "seed", "precision", "calibration_images"]
 SCORED_BY += ["min_flops", "max_flops"]
 BRED_BY = ["population", "parents", "mutation_prob", "rank_by"]
@@ -44,26 +43,23 @@ MAY_GROW = ["num_paths", "generations"]
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
     parser = utils.new_parser("Scores architectures with a trained supernet's weights.")
-    add = parser.add_argument
+    add, limit = parser.add_argument, number(float, 0, 1e5)
     add("--ckpt", nargs="?", type=utils.path, help="last.pth of a supernet; default: the newest")
     add("--search_dir", type=utils.path, help="results; default: search/ beside the checkpoint")
     add("--data_dir", type=utils.absolute_path, help="data set; default: where training found it")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
-    text = "training images for BatchNorm's statistics; 0: keep the supernet's statistics"
-    add("--calibration_images", type=number(int, 0), default=2000, help=text)
+    images = "training images for BatchNorm's statistics; 0: keep the supernet's statistics"
+    add("--calibration_images", type=number(int, 0), default=2000, help=images)
     add("--batch_size", type=number(int, 1), help="images per scoring step; 250, on CUDA 1000")
-    limit = number(float, 0, 1e5)
     add("--min_flops", type=limit, help="lower limit, in millions of multiply-adds")
     add("--max_flops", type=limit, help="upper limit, in millions of multiply-adds")
     add("--generations", type=number(int, 0), default=0, help="of evolution, after random search")
     add("--population", type=number(int, 2), default=50, help="architectures per generation")
     add("--parents", type=number(int, 2), default=10, help="number of parents of a generation")
-    text = "mutation probability of a layer"
-    add("--mutation_prob", type=number(float, 0, 1), default=0.1, help=text)
+    add("--mutation_prob", type=number(float, 0, 1), default=0.1, help="probability for a layer")
     add("--top_k", type=number(int, 1), default=10, help="how many of the best to test at the end")
     add("--rank_by", choices=("loss", "accuracy"), default="loss", help="score to rank by")
-    text = "images to score on; test is biased, see README"
-    add("--split", choices=("search", "test"), default="search", help=text)
+    add("--split", choices=("search", "test"), default="search", help="test is biased, see README")
     add("--overwrite", action="store_true", help="delete the search in that folder and start again")
     add("-h", "--help", action="help", help="show this message and exit")
     return parser
@@ -79,87 +75,82 @@ def newest_supernet(runs: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Finds the supernet and the record of the search, whose settings unset flags keep."""
+    """Prepares a search or the rest of one, scores, and reports."""
     parser = build_parser()
     args = parser.parse_args(argv)
     path = Path(args.ckpt or utils.on_rank_zero(lambda: newest_supernet(Path("runs"))))
     path = path / "last.pth" if path.is_dir() else path
     supernet = records.load_checkpoint(path)
-    if supernet["args"]["choice"] is not None:
+    trained, data = supernet["args"], supernet["data"]
+    if trained["choice"] is not None:
         raise UserError(f"{path} holds a single architecture, not a supernet")
     folder = Path(args.search_dir or path.parent / "search")
     if (folder / "last.pth").exists() or (folder / "metrics.csv").exists():
         raise UserError(f"{folder} is the folder of a run; choose another --search_dir")
     with utils.locked(folder):
-        before = {}
-        if not args.overwrite and utils.on_rank_zero((folder / "paths.csv").exists):
+        # Settings: the data folder of the training < those of the record < the command line.
+        record, rows, before = folder / "paths.csv", [], {}
+        if not args.overwrite and utils.on_rank_zero(record.exists):
+            rows = utils.on_rank_zero(lambda: records.read_rows(record))
             before = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
-        args = parser.parse_args(argv, Namespace(**before))
-        if args.generations and not args.parents <= args.population <= args.num_paths:
-            parser.error("evolution needs --parents <= --population <= --num_paths")
+        now = {"ckpt": str(path), "checkpoint": supernet["sha256"], "candidates": list(CANDIDATES)}
+        parser.set_defaults(data_dir=trained["data_dir"])
+        args = parser.parse_args(argv, Namespace(**before | now))
         device = utils.pick_device(args.device)
         args.precision = utils.pick_precision(args.precision, device)
         args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
-        args.data_dir = args.data_dir or supernet["args"]["data_dir"]
-        args.ckpt, args.checkpoint = str(path), supernet["sha256"]
-        args.candidates = list(CANDIDATES)
+        if args.generations and not args.parents <= args.population <= args.num_paths:
+            parser.error("evolution needs --parents <= --population <= --num_paths")
         advice = "restore CANDIDATES in blocks.py"
-        utils.check_unchanged(supernet["args"], vars(args), ["candidates"], str(path), advice)
-        names = before.keys() - MAY_GROW
+        utils.check_unchanged(trained, vars(args), ["candidates"], str(path), advice)
+        names = SCORED_BY + (BRED_BY if any(row.generation > 0 for row in rows) else [])
         advice = "take another --search_dir, or --overwrite to delete the search"
-        utils.check_unchanged(before, vars(args), names, f"the search in {folder}", advice)
-        run(args, supernet, folder, device, before)
+        if before:
+            utils.check_unchanged(before, vars(args), names, f"the search in {folder}", advice)
 
+        # The network and the images.
+        limits = [limit and round(limit * 1e6) for limit in (args.min_flops, args.max_flops)]
+        try:
+            model = Supernet(len(data["classes"]), data["image_size"])
+            model.load_state_dict(supernet["model"])
+            space = SearchSpace(model, *limits)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        model.to(device, memory_format=utils.memory_format(device, args.precision))
+        dataset = load_dataset(data["name"], args.data_dir, data["image_size"], args.workers)
+        dataset.check_checkpoint(data, str(path))
+        how = device, args.workers, args.precision
+        calibration = calibration_batches(dataset, args.calibration_images, trained["cutout"], *how)
+        scored = test = Batches(dataset, dataset.test, args.batch_size, *how)
+        if args.split == "search":
+            scored = Batches(dataset, dataset.search, args.batch_size, *how)
+        scorer = Scorer(model, calibration, scored)
 
-def run(args: Namespace, supernet: dict, folder: Path, device: torch.device, before: dict) -> None:
-    """Loads the network and the data, records the settings, searches and reports."""
-    data, trained = supernet["data"], supernet["args"]
-    limits = [limit and round(limit * 1e6) for limit in (args.min_flops, args.max_flops)]
-    try:
-        model = Supernet(len(data["classes"]), data["image_size"])
-        model.load_state_dict(supernet["model"])
-        space = SearchSpace(model, *limits)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{args.ckpt}: {' '.join(str(error).split())[:300]}") from None
-    model.to(device, memory_format=utils.memory_format(device, args.precision))
-    dataset = load_dataset(data["name"], args.data_dir, data["image_size"], args.workers)
-    dataset.check_checkpoint(data, args.ckpt)
-    how = device, args.workers, args.precision
-    calibration = calibration_batches(dataset, args.calibration_images, trained["cutout"], *how)
-    test_split = Batches(dataset, dataset.test, args.batch_size, *how)
-    scored = Batches(dataset, dataset.search, args.batch_size, *how)
-    scorer = Scorer(model, calibration, test_split if args.split == "test" else scored)
+        if utils.rank() == 0:
+            for name in () if before else SEARCH_FILES:
+                (folder / name).unlink(missing_ok=True)
+            settings = {name: getattr(args, name) for name in SCORED_BY + BRED_BY + MAY_GROW}
+            utils.write_json(folder / "args.json", settings)
+        utils.open_log(folder / "log.txt")
+        epochs = f"{supernet['epoch']} of {trained['epochs']} epochs"
+        log.info(f"supernet     {path}, {epochs} on {data['name']}")
+        log.info(f"device       {utils.describe_device(device)}, {args.precision}")
+        for note in dataset.notes:
+            log.info(f"data         {note}")
+        images = len(calibration.labels) if calibration else 0
+        if images != args.calibration_images:
+            log.info(f"warning: calibrating on {images:,} of {len(dataset.train):,} images")
+        if supernet["epoch"] < trained["epochs"]:
+            log.info("warning: this supernet is unfinished: its learning rate has not reached 0")
+        if args.split == "test":
+            log.info("warning: selecting on the test set; no unbiased test score remains")
+        log.info(f"record       {len(rows)} scores in {record}")
+        paths = args.num_paths + args.generations * args.population - len(rows)
+        log.info(f"graphs       {'not used' if args.no_cuda_graphs else scorer.capture(paths)}")
 
-    if utils.rank() == 0:
-        for name in () if before else SEARCH_FILES:
-            (folder / name).unlink(missing_ok=True)
-        bred = args.generations or "population" in before
-        kept = SCORED_BY + MAY_GROW + (BRED_BY if bred else [])
-        utils.write_json(folder / "args.json", {name: getattr(args, name) for name in kept})
-    utils.open_log(folder / "log.txt")
-    epochs = f"{supernet['epoch']} of {trained['epochs']} epochs"
-    log.info(f"supernet     {args.ckpt}, {epochs} on {data['name']}")
-    log.info(f"device       {utils.describe_device(device)}, {args.precision}")
-    for note in dataset.notes:
-        log.info(f"data         {note}")
-    images = len(calibration.labels) if calibration else 0
-    if images != args.calibration_images:
-        log.info(f"warning: calibrating on {images:,} of {len(dataset.train):,} training images")
-    if supernet["epoch"] < trained["epochs"]:
-        log.info("warning: this supernet is unfinished: its learning rate has not reached 0")
-    if args.split == "test":
-        log.info("warning: selecting on the test set; no unbiased test score remains")
-    record = folder / "paths.csv"
-    rows = utils.on_rank_zero(lambda: records.read_rows(record) if record.exists() else [])
-    log.info(f"record       {len(rows)} scores in {record}")
-    paths = args.num_paths + args.generations * args.population - len(rows)
-    graphs = "not used: --no_cuda_graphs" if args.no_cuda_graphs else scorer.use_cuda_graphs(paths)
-    log.info(f"graphs       {graphs}")
-
-    search(scorer, space, args, record, rows)
-    if utils.rank() == 0:
-        images = len(scorer.scored.labels)
-        report(folder, supernet, args, rows, images, Scorer(model, calibration, test_split))
+        search(scorer, space, args, record, rows)
+        if utils.rank() == 0:
+            report(folder, data, args, rows, len(scored.labels), Scorer(model, calibration, test))
 
 
 def calibration_batches(
@@ -229,7 +220,7 @@ class Scorer:
         names = "accuracy", "half_accuracy", "loss", "half_loss"
         return [dict(zip(names, row, strict=True)) for row in scores]
 
-    def use_cuda_graphs(self, paths: int) -> str:
+    def capture(self, paths: int) -> str:
         """Lets blocks replay CUDA graphs if so many paths repay it; returns a line for the log."""
         if self.calibration is None:
             return "not used: no BatchNorm recalibration"
@@ -359,63 +350,57 @@ def crossover(first: Choice, second: Choice, rng: random.Random) -> Choice:
 
 
 def report(
-    folder: Path, supernet: dict, args: Namespace, rows: list[Scored], images: int, test: Scorer
+    folder: Path, data: dict, args: Namespace, rows: list[Scored], images: int, test: Scorer
 ) -> None:
-    """Writes and prints choice and statistics, tests the top k, and draws the pictures."""
+    """Writes the choice, tests the top k, draws the pictures and prints a summary."""
     rows = [row for row in rows if row.generation <= args.generations]  # the record may hold more
     rows = [row for row in rows if row.generation or row.index < args.num_paths]
-    order = best_first(rows, args.rank_by)
+    order, singles = best_first(rows, args.rank_by), [r for r in rows if r.generation == BASELINE]
     if not any(row.generation == 0 for row in order):
         raise UserError(f"no random path has a finite loss: the weights in {args.ckpt} are broken")
-    best, numbers, data = order[0], records.statistics(rows, images), supernet["data"]
-    singles = [row for row in rows if row.generation == BASELINE]
-    numbers["baselines"] = {args.candidates[row.choice[0]]: row.accuracy for row in singles}
+    best, numbers = order[0], records.statistics(rows, images)
     error = records.standard_error(best.accuracy, images)
+    numbers["baselines"] = {args.candidates[row.choice[0]]: row.accuracy for row in singles}
     found = best.as_json() | {"standard_error": error, "statistics": numbers, "args": vars(args)}
     found |= {"dataset": data["name"], "image_size": data["image_size"], "data_dir": args.data_dir}
     found |= {"candidates": args.candidates, "split": args.split}
-    found["checkpoint"] = {"path": args.ckpt, "sha256": supernet["sha256"]}
-    own = best_first(evolution_rows(rows, args.population), "accuracy") if args.generations else []
-    count, last = len(own), rows[-1].generation
+    found["checkpoint"] = {"path": args.ckpt, "sha256": args.checkpoint}
+    own = evolution_rows(best_first(rows, "accuracy"), args.population) if args.generations else []
     if own:
-        found["evolution"] = {"generations": last, "evaluations": count, "best": own[0].accuracy}
+        found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own)}
+        found["evolution"]["best"] = own[0].accuracy
     utils.write_json(folder / "search.json", found)  # before any test image is looked at
     top = order[: args.top_k] if args.split == "search" else []
-    choices = sorted({row.choice for row in top})
-    tested = dict(zip(choices, test.score(choices), strict=True)) if top else {}
     if top:
-        accuracies = [tested[row.choice]["accuracy"] for row in top]
-        pairs = zip(top, accuracies, strict=True)
-        found["top"] = [row.as_json() | {"test_accuracy": accuracy} for row, accuracy in pairs]
+        choices = sorted({row.choice for row in top})
+        tested = {c: s["accuracy"] for c, s in zip(choices, test.score(choices), strict=True)}
+        found["top"] = [row.as_json() | {"test_accuracy": tested[row.choice]} for row in top]
         utils.write_json(folder / "search.json", found)
     (folder / "evolution.png").unlink(missing_ok=True)  # drawn again if there are generations
     plot_search(rows, folder, args.split, args.rank_by)
 
-    text = {
-        n: "not defined" if v is None else f"{v:.2f}"
-        for n, v in numbers.items()
-        if n != "baselines"
-    }
+    def text(name: str) -> str:
+        return "not defined" if numbers[name] is None else f"{numbers[name]:.2f}"
+
     log.info(
-        f"scores       {numbers['paths']} random paths, {images:,} images of the {args.split} split"
+        f"scores       {numbers['paths']} random paths, {args.split} split of {images:,} images"
     )
-    log.info(f"             best {text['best']}%, median {text['median']}%, worst {text['worst']}%")
-    log.info(f"             std {text['spread']} ({text['noise']} from sampling the images)")
+    log.info(f"             best {text('best')}%, median {text('median')}%, worst {text('worst')}%")
+    log.info(f"             std {text('spread')} ({text('noise')} from sampling the images)")
     if numbers["undefined"]:
         log.info(f"             {numbers['undefined']} scores are not finite and left out")
-    log.info(f"reliability  {text['reliability']} by accuracy, {text['loss_reliability']} by loss")
+    log.info(f"reliability  {text('reliability')} by accuracy, {text('loss_reliability')} by loss")
     for name, accuracy in numbers["baselines"].items():
         log.info(f"baseline     {accuracy:.2f}%, all {name}")
     if own:
-        log.info(
-            f"evolution    best {own[0].accuracy:.2f}% after {count} paths, {last} generations"
-        )
+        end = f"{len(own)} paths, {rows[-1].generation} generations"
+        log.info(f"evolution    best {own[0].accuracy:.2f}% after {end}")
     log.info(f"choice       {found['choice']}, the best by {args.rank_by}")
     costs = f"{best.flops_m:.1f}M multiply-adds, {best.params_m:.2f}M parameters"
     log.info(f"             {best.accuracy:.2f}% ± {error:.2f}, loss {best.loss:.4f}, {costs}")
     if top:
-        tested = ", ".join(f"{accuracy:.2f}%" for accuracy in accuracies)
-        log.info(f"test images  {tested}: the top {len(top)}, supernet weights")
+        accuracies = ", ".join(f"{tested[row.choice]:.2f}%" for row in top)
+        log.info(f"test images  top {len(top)}, supernet weights: {accuracies}")
     suffix = "" if folder.name == "search" else f"_{folder.name}"  # another search of the supernet
     name = f"--exp_name={Path(args.ckpt).resolve().parent.name}{suffix}_best"
     command = ["python", "supernet.py", "--choice", str(folder / "search.json"), name]

@@ -186,6 +186,97 @@ def main(argv: Sequence[str] | None = None) -> None:
             test(folder / "result.json", model, batches["test"], args)
 
 
+def train(
+    model: Supernet,
+    batches: dict[str, Batches],
+    optimizer: torch.optim.SGD,
+    args: Namespace,
+    rows: list[dict],
+    metadata: dict,
+) -> None:
+    """Trains the epochs that `rows` lacks; each adds a row, a checkpoint and a line of the log.
+
+    Raises UserError if the loss or a weight stops being finite.
+    """
+    folder, images, space = Path(args.out_dir, args.exp_name), batches["train"], SearchSpace(model)
+    steps, first_epoch, stand_alone = images.steps(), len(rows), args.choice is not None
+    validated_on = "search split" if stand_alone else "random paths"
+    if not stand_alone:
+        log.info("validation: random paths, augmented images, batch statistics (to monitor only)")
+    graphs = "not used: --no_cuda_graphs"
+    if not args.no_cuda_graphs:
+        count = min(args.batch_size, len(images.labels)) // utils.world_size()
+        with utils.autocast(args.precision, images.device):
+            steps_left = steps * (args.epochs - first_epoch)
+            graphs = capture_blocks(model, images.blank(count), steps_left)
+    log.info(f"graphs    {graphs}")
+    network = model
+    if utils.world_size() > 1:
+        # All ranks draw the same path, so weights that are unused on one are unused on all.
+        network = DistributedDataParallel(model, find_unused_parameters=True)
+        network.broadcast_buffers = False  # once an epoch is enough, see below
+    start = time.monotonic()
+    for epoch in range(first_epoch, args.epochs):
+        epoch_start = time.monotonic()
+
+        # Train. Paths, order and augmentation depend on (seed, epoch) alone: --resume repeats them.
+        network.train()
+        rng, losses, hits = utils.named_rng(args.seed, f"train {epoch}"), [], []
+        epoch_images = images.epoch(args.seed, epoch, args.cutout)
+        for step, (x, y) in enumerate(utils.progress(epoch_images, f"epoch {epoch + 1}", steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, (epoch + step / steps) / args.epochs)
+            # A single path, drawn uniformly, the same on every rank; alone, there is one to draw.
+            choice = space.sample(rng)
+            # With zero gradients, momentum and weight decay would still update the other blocks.
+            optimizer.zero_grad(set_to_none=True)
+            with utils.autocast(args.precision, images.device):
+                logits = network(x, choice)
+            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            # Kept on the device; .item() would synchronise every step.
+            losses.append(loss.detach())
+            hits.append((logits.argmax(1) == y).float().mean())
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+                check_finite(losses, epoch)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise UserError(f"weights not finite after epoch {epoch + 1}; lower --learning_rate")
+        means = torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))
+        loss, accuracy = (utils.all_reduce(means) / utils.world_size()).tolist()
+        row = {"epoch": epoch + 1, "lr": learning_rate(args, epoch / args.epochs)}
+        row |= {"train_loss": loss, "train_acc": 100 * accuracy, "val_loss": None, "val_acc": None}
+        for buffer in model.buffers() if utils.world_size() > 1 else ():
+            dist.broadcast(buffer, src=0)  # each rank has the statistics of its own images
+
+        # Validate. A supernet's running statistics mix all paths and fit none, so random paths are
+        # normalised by the statistics of each batch.
+        last_epoch = epoch + 1 == args.epochs
+        if args.train_on == "train" and ((epoch + 1) % args.val_interval == 0 or last_epoch):
+            rng = utils.named_rng(args.seed, "validation")  # the same paths in every epoch
+            paths = [space.sample(rng) for _ in range(len(batches["search"]))]
+            result = evaluate(model, batches["search"], paths, batch_statistics=not stand_alone)
+            row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
+        row["seconds"] = round(time.monotonic() - epoch_start, 3)
+        rows.append(row)
+
+        # Record. A checkpoint holds the whole table, so a kill between two files loses nothing.
+        if utils.rank() == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"epoch": epoch + 1, "args": vars(args), "data": metadata, "metrics": rows}
+            records.save_checkpoint(folder / "last.pth", state)
+            records.write_csv(folder / "metrics.csv", rows, records.METRICS)
+            if (epoch + 1) % max(1, args.epochs // 50) == 0 or last_epoch:
+                plot_training(rows, folder / "training.png", validated_on)
+        line = f"epoch {epoch + 1:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
+        line += f"  train loss {loss:.4f} top-1 {row['train_acc']:5.2f}%"
+        if row["val_acc"] is not None:
+            line += f"  {validated_on} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
+        left = (time.monotonic() - start) / (epoch + 1 - first_epoch) * (args.epochs - epoch - 1)
+        log.info(f"{line}  {utils.duration(row['seconds'])}  left {utils.duration(left)}")
+    release_blocks(model)
+
+
 def check_folder(folder: Path, args: Namespace) -> None:
     """Raises UserError if the folder holds results that the command would delete unasked."""
     results = [n for n in ("last.pth", "metrics.csv", "result.json") if (folder / n).exists()]
@@ -266,99 +357,6 @@ def learning_rate(args: Namespace, done: float) -> float:
     """The rate after a share of all steps, from 0 to 1."""
     linear = args.lr_schedule == "linear"
     return args.learning_rate * (1 - done if linear else (1 + math.cos(math.pi * done)) / 2)
-
-
-def train(
-    model: Supernet,
-    batches: dict[str, Batches],
-    optimizer: torch.optim.SGD,
-    args: Namespace,
-    rows: list[dict],
-    metadata: dict,
-) -> None:
-    """Trains the epochs that `rows` lacks; each adds a row, a checkpoint and a line of the log.
-
-    Raises UserError if the loss or a weight stops being finite.
-    """
-    folder, images, space = Path(args.out_dir, args.exp_name), batches["train"], SearchSpace(model)
-    steps, first_epoch, stand_alone = images.steps(), len(rows), args.choice is not None
-    validated_on = "search split" if stand_alone else "random paths"
-    if not stand_alone:
-        log.info("validation: random paths, augmented images, batch statistics (to monitor only)")
-    graphs = "not used: --no_cuda_graphs"
-    if not args.no_cuda_graphs:
-        count = min(args.batch_size, len(images.labels)) // utils.world_size()
-        with utils.autocast(args.precision, images.device):
-            steps_left = steps * (args.epochs - first_epoch)
-            graphs = capture_blocks(model, images.blank(count), steps_left)
-    log.info(f"graphs    {graphs}")
-    network = model
-    if utils.world_size() > 1:
-        # All ranks draw the same path, so weights that are unused on one are unused on all.
-        network = DistributedDataParallel(model, find_unused_parameters=True)
-        network.broadcast_buffers = False  # once an epoch is enough, see below
-    start = time.monotonic()
-    for epoch in range(first_epoch, args.epochs):
-        epoch_start = time.monotonic()
-
-        # Train. Paths, order and augmentation depend on (seed, epoch) alone: --resume repeats them.
-        network.train()
-        rng, losses, hits = utils.named_rng(args.seed, f"train {epoch}"), [], []
-        epoch_images = images.epoch(args.seed, epoch, args.cutout)
-        for step, (x, y) in enumerate(utils.progress(epoch_images, f"epoch {epoch + 1}", steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, (epoch + step / steps) / args.epochs)
-            # A single path, drawn uniformly, the same on every rank; alone, there is one to draw.
-            choice = space.sample(rng)
-            # With zero gradients, momentum and weight decay would still update the other blocks.
-            optimizer.zero_grad(set_to_none=True)
-            with utils.autocast(args.precision, images.device):
-                logits = network(x, choice)
-            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            # Kept on the device; .item() would synchronise every step.
-            losses.append(loss.detach())
-            hits.append((logits.argmax(1) == y).float().mean())
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-                check_finite(losses, epoch)
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
-            raise UserError(
-                f"weights are not finite after epoch {epoch + 1}; lower --learning_rate"
-            )
-        means = torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))
-        loss, accuracy = (utils.all_reduce(means) / utils.world_size()).tolist()
-        row = {"epoch": epoch + 1, "lr": learning_rate(args, epoch / args.epochs)}
-        row |= {"train_loss": loss, "train_acc": 100 * accuracy, "val_loss": None, "val_acc": None}
-        for buffer in model.buffers() if utils.world_size() > 1 else ():
-            dist.broadcast(buffer, src=0)  # each rank has the statistics of its own images
-
-        # Validate. A supernet's running statistics mix all paths and fit none, so random paths are
-        # normalised by the statistics of each batch.
-        last_epoch = epoch + 1 == args.epochs
-        if args.train_on == "train" and ((epoch + 1) % args.val_interval == 0 or last_epoch):
-            rng = utils.named_rng(args.seed, "validation")  # the same paths in every epoch
-            paths = [space.sample(rng) for _ in range(len(batches["search"]))]
-            result = evaluate(model, batches["search"], paths, batch_statistics=not stand_alone)
-            row["val_loss"], row["val_acc"] = result["loss"], result["top1"]
-        row["seconds"] = round(time.monotonic() - epoch_start, 3)
-        rows.append(row)
-
-        # Record. A checkpoint holds the whole table, so a kill between two files loses nothing.
-        if utils.rank() == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"epoch": epoch + 1, "args": vars(args), "data": metadata, "metrics": rows}
-            records.save_checkpoint(folder / "last.pth", state)
-            records.write_csv(folder / "metrics.csv", rows, records.METRICS)
-            if (epoch + 1) % max(1, args.epochs // 50) == 0 or last_epoch:
-                plot_training(rows, folder / "training.png", validated_on)
-        line = f"epoch {epoch + 1:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
-        line += f"  train loss {loss:.4f} top-1 {row['train_acc']:5.2f}%"
-        if row["val_acc"] is not None:
-            line += f"  {validated_on} loss {row['val_loss']:.4f} top-1 {row['val_acc']:5.2f}%"
-        left = (time.monotonic() - start) / (epoch + 1 - first_epoch) * (args.epochs - epoch - 1)
-        log.info(f"{line}  {utils.duration(row['seconds'])}  left {utils.duration(left)}")
-    release_blocks(model)
 
 
 def check_finite(losses: list[Tensor], epoch: int) -> None:

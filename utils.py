@@ -30,11 +30,7 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs `main`, under torchrun in a process group.
-
-    A UserError, an error of the operating system and a lack of memory end in one line and exit
-    code 1, Ctrl-C in exit code 130.
-    """
+    """Runs `main`; users' mistakes and refusals of the machine end in one line and exit code 1."""
     keep_freed_memory()
     try:
         if dist.is_torchelastic_launched():
@@ -98,12 +94,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add, workers = parser.add_argument, min(4, os.cpu_count() or 1)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     add("--device", default="auto", help="auto: an accelerator if there is one, else the CPU")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 if a GPU has it",
-    )
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--workers", type=number(int, 0), default=workers, help="data loading workers")
     add("--no_cuda_graphs", action="store_true", help="do not replay blocks as CUDA graphs")
     return parser
@@ -167,10 +158,9 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is an accelerator if there is one, else the CPU.
+    """The device of that name, under torchrun with the local rank as its number.
 
-    Under torchrun every rank takes the accelerator with its local rank. Raises UserError if the
-    device cannot be used.
+    "auto" is an accelerator if there is one. Raises UserError if the device cannot be used.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -265,10 +255,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and locks it until the block ends or the process dies; on rank 0 only.
-
-    Raises UserError if another process has locked it.
-    """
+    """Makes and locks a folder, on rank 0; raises UserError if another process has locked it."""
     if rank() > 0:
         yield
         return

@@ -113,10 +113,9 @@ def _cifar10(root: Path) -> ImageData:
     except Exception as error:  # a network and an archive fail in many ways
         advice = f"put {CIFAR10.filename} there by hand, or try --dataset digits"
         raise UserError(f"no CIFAR-10 in {root} ({error}); {advice}") from None
-    whole, test = (
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
-        for part in (train, test)
-    )
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
+    whole = Split(images[0], torch.tensor(train.targets))
+    test = Split(images[1], torch.tensor(test.targets))
     counts = torch.bincount(whole.labels, minlength=10).tolist()
     kept, held = _hold_out(whole, [count // 10 for count in counts])
     return ImageData("cifar10", 32, list(train.classes), *CIFAR10_NORM, kept, held, test)
@@ -201,9 +200,8 @@ def _list_images(
 
     classes = classes or found
     numbers = {name: i for i, name in enumerate(classes)}
-    samples = (
-        make_dataset(folder, numbers, is_valid_file=is_valid, allow_empty=True) if found else []
-    )
+    how = {"is_valid_file": is_valid, "allow_empty": True}
+    samples = make_dataset(folder, numbers, **how) if found else []
     if not samples:
         raise UserError(f"{folder} holds no images; it needs one folder per class")
     if skipped:

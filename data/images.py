@@ -64,11 +64,6 @@ def decode(files: list[str], image_size: int, workers: int) -> Tensor:
 
 def training_transform(image_size: int) -> v2.Transform:
     """The official code's augmentation of large images, one at a time, to uint8 (3, S, S)."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(image_size),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-        ]
-    )
+    crop, flip = v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+    return v2.Compose([crop, jitter, flip, v2.PILToTensor()])

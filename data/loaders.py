@@ -48,10 +48,8 @@ class Batches:
         if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
             self.pixels = split.images.permute(0, 2, 3, 1).contiguous().to(device)
         self.labels = split.labels.to(device)
-        self.mean, self.std = (
-            torch.tensor(values, device=device).view(3, 1, 1)
-            for values in (dataset.mean, dataset.std)
-        )
+        self.mean = torch.tensor(dataset.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(dataset.std, device=device).view(3, 1, 1)
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)

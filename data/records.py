@@ -86,11 +86,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str]) -> None:
     """Writes a whole table; None becomes an empty cell."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

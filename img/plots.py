@@ -227,11 +227,8 @@ def plot_standalone(
     tested = np.array([np.mean(alone[row.choice]) for row in drawn])
     for name, scores in (("accuracy", values(drawn, "accuracy")), ("loss", -values(drawn, "loss"))):
         if len(drawn) > 2:
-            tau, text = (
-                records.kendall(scores, tested),
-                "not defined (all scores or accuracies are equal)",
-            )
-            if not math.isnan(tau):
+            text = "not defined (all scores or accuracies are equal)"
+            if not math.isnan(tau := records.kendall(scores, tested)):
                 low, high = records.kendall_interval(scores, tested)
                 text = f"{tau:.2f}, 95% of bootstrap samples from {low:.2f} to {high:.2f}"
             lines.append(f"Kendall's tau of {len(drawn)} random architectures, by {name}: {text}")
@@ -251,9 +248,8 @@ def plot_single_path(path: Path) -> None:
             axis.plot(layer, chosen, "s", color=BLUE, markersize=11, zorder=3)
         axis.plot([0, *layers, 9], [middle, *choice, middle], color=BLUE, linewidth=1.5, zorder=2)
         axis.plot([0, 9], [middle, middle], "o", color="black", markersize=7)
-        axis.set(
-            yticks=blocks, yticklabels=names if step == 1 else [], ylim=(len(names) - 0.4, -0.6)
-        )
+        labels = names if step == 1 else []
+        axis.set(yticks=blocks, yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
         axis.set_xticks([0, 1, 8, 9], ["stem", "0", "19", "head"], fontsize="small")
         axis.set_xlabel("layer", fontsize="small")
         axis.set_title(f"step {step}", fontsize="medium")
@@ -265,25 +261,19 @@ def plot_single_path(path: Path) -> None:
 def main() -> None:
     """Draws the files on the command line."""
     parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs.")
-    add = parser.add_argument
-    add(
-        "files", nargs="*", type=Path, help="paths.csv, metrics.csv; result.json beside a paths.csv"
-    )
-    add("--split", choices=("search", "test"), help="default: as in args.json beside the table")
-    add("--rank_by", choices=("loss", "accuracy"), help="default: as in args.json beside the table")
-    args = parser.parse_args()
+    parser.add_argument("files", nargs="*", type=Path, help="paths.csv, metrics.csv, result.json")
+    files = parser.parse_args().files
     open_log()
-    if not args.files:
+    if not files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
     rows, alone, by = [], {}, "loss"
-    for path in args.files:
+    for path in files:
         if path.suffix == ".json":
             result = read_json(path)
             if not {"choice", "test_accuracy"} <= result.keys():
                 raise UserError(f"{path} is no result.json of an architecture trained alone")
-            alone.setdefault(records.parse_choice(result["choice"]), []).append(
-                result["test_accuracy"]
-            )
+            choice = records.parse_choice(result["choice"])
+            alone.setdefault(choice, []).append(result["test_accuracy"])
             continue
         beside = path.with_name("args.json")
         settings = read_json(beside) if beside.exists() else {}
@@ -294,8 +284,8 @@ def main() -> None:
         rows, folder = records.read_rows(path), path.parent
         if not random_draws(rows):
             raise UserError(f"{path} holds no random architecture with a score yet")
-        by = args.rank_by or settings.get("rank_by", "loss")
-        plot_search(rows, folder, args.split or settings.get("split", "search"), by)
+        by = settings.get("rank_by", "loss")
+        plot_search(rows, folder, settings.get("split", "search"), by)
     if alone and not rows:
         raise UserError("result.json files need the paths.csv of their search")
     if alone:
