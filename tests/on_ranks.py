@@ -1,4 +1,4 @@
-"""Started by torchrun in test_ranks.py: supernet.py, except that every rank leaves what it has trained in $LEFT."""
+"""Started by torchrun in test_ranks.py: supernet.py, with what each rank trained saved in $LEFT."""
 
 import json
 import os
@@ -19,9 +19,8 @@ trained_alone = supernet.train
 def train(model, *rest):
     trained_alone(model, *rest)
     moved = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    torch.save(
-        {"weights": model.state_dict(), "moved": moved}, Path(os.environ["LEFT"], f"{rank()}.pth")
-    )
+    left = {"weights": model.state_dict(), "moved": moved}
+    torch.save(left, Path(os.environ["LEFT"], f"{rank()}.pth"))
 
 
 if __name__ == "__main__":

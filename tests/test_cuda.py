@@ -1,14 +1,13 @@
-"""CUDA only: blocks that replay graphs learn what plain blocks learn, and fp32 and bf16 rank alike."""
+"""CUDA only: blocks in graphs learn what plain blocks learn, and fp32 and bf16 rank alike."""
 
 import copy
 import random
 import re
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import blocks
 import random_search
@@ -21,12 +20,11 @@ from data.records import METRICS, read_csv
 from model import SearchSpace, Supernet
 from utils import memory_format
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; name this file"
-)
-
+NEEDED = "needs a CUDA device; name this file"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NEEDED)
 SIZE, BATCH = 16, 64
 DEVICE = torch.device("cuda:0")
+USED = "used for the blocks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,31 +36,24 @@ def exact():
     torch.backends.cudnn.allow_tf32 = before
 
 
-class Captured:
-    """A captured network beside a plain one with the same weights, and what capturing changed."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.graphed = Supernet(10, SIZE).to(DEVICE)
-        self.plain = copy.deepcopy(self.graphed)
-        self.random_state = torch.cuda.get_rng_state(DEVICE)
-        self.line = capture_blocks(self.graphed, images(0), 10**9)
-        self.random_state_after = torch.cuda.get_rng_state(DEVICE)
-        self.state_after = {
-            name: value.clone() for name, value in self.graphed.state_dict().items()
-        }
-        self.gradients_after = [p.grad for p in self.graphed.parameters()]
-        self.space = SearchSpace(self.plain)
-
-
 @pytest.fixture(scope="module")
-def captured() -> Captured:
-    return Captured()
+def captured():
+    """A captured network, a plain one with the same weights, and what capturing changed."""
+    torch.manual_seed(0)
+    graphed = Supernet(10, SIZE).to(DEVICE)
+    found = SimpleNamespace(graphed=graphed, plain=copy.deepcopy(graphed))
+    found.space = SearchSpace(found.plain)
+    found.random_states = [torch.cuda.get_rng_state(DEVICE)]
+    found.line = capture_blocks(graphed, images(0), 10**9)
+    found.random_states.append(torch.cuda.get_rng_state(DEVICE))
+    found.state_after = copy.deepcopy(graphed.state_dict())
+    found.gradients_after = [p.grad for p in graphed.parameters()]
+    return found
 
 
 @pytest.fixture
-def pair(captured: Captured) -> Captured:
-    """The same, with both networks as they were at first."""
+def pair(captured):
+    """Both networks as they were at first."""
     for model in (captured.graphed, captured.plain):
         model.load_state_dict(captured.state_after)
         model.zero_grad(set_to_none=True)
@@ -70,43 +61,34 @@ def pair(captured: Captured) -> Captured:
     return captured
 
 
-def images(seed: int, count: int = BATCH) -> Tensor:
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(
-        DEVICE
-    )
+def images(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(DEVICE)
 
 
-def labels(seed: int) -> Tensor:
-    return torch.randint(10, (BATCH,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def backward(model, choice, seed):
+    """Adds the gradients of one batch."""
+    labels = torch.randint(10, (BATCH,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    F.cross_entropy(model(images(seed), choice), labels).backward()
 
 
-def train(model: Supernet, space: SearchSpace, steps: int) -> Tensor:
-    """All weights after some steps of SGD with momentum on random paths, as one vector."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=3e-4)
-    rng = random.Random(0)
-    for step in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images(step), space.sample(rng)), labels(step)).backward()
-        optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def same(state, other):
+    return all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-def test_capturing_leaves_no_trace(captured: Captured) -> None:
-    assert captured.line == "used for the blocks"
-    before = captured.plain.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in captured.state_after.items())
+def test_capturing_leaves_no_trace(captured):
+    assert captured.line == USED
+    assert same(captured.state_after, captured.plain.state_dict())
     assert all(gradient is None for gradient in captured.gradients_after)
-    assert torch.equal(captured.random_state, captured.random_state_after)
+    assert torch.equal(*captured.random_states)
 
 
-def test_the_first_gradients_agree(pair: Captured) -> None:
-    choice = pair.space.sample(random.Random(1))
-    gradients = []
+def test_the_first_gradients_agree(pair):
+    choice, gradients = pair.space.sample(random.Random(1)), []
     for model in (pair.plain, pair.graphed):
-        F.cross_entropy(model(images(1), choice), labels(1)).backward()
-        gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
+        backward(model, choice, 1)
+        on_path = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        gradients.append(dict(on_path))
     plain, graphed = gradients
     assert plain.keys() == graphed.keys()
     for name, gradient in plain.items():
@@ -115,46 +97,58 @@ def test_the_first_gradients_agree(pair: Captured) -> None:
         assert torch.allclose(buffer, pair.graphed.get_buffer(name), rtol=1e-4, atol=1e-6), name
 
 
-def test_training_stays_as_close_as_two_plain_runs(pair: Captured) -> None:
-    """Rounding grows with the steps, so the measure is a plain run that begins one rounding beside another."""
+def test_training_stays_as_close_as_two_plain_runs(pair):
+    """Rounding grows with the steps; a plain run that begins one rounding away tells how much."""
     beside = copy.deepcopy(pair.plain)
     with torch.no_grad():
         for p in beside.parameters():
             p.mul_(1 + torch.finfo(p.dtype).eps)
-    plain, other, graphed = (
-        train(model, pair.space, 20) for model in (pair.plain, beside, pair.graphed)
-    )
+    weights = []
+    for model in (pair.plain, beside, pair.graphed):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=3e-4)
+        rng = random.Random(0)
+        for step in range(20):
+            optimizer.zero_grad(set_to_none=True)
+            backward(model, pair.space.sample(rng), step)
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    plain, other, graphed = weights
     assert (graphed - plain).norm() <= 2 * (other - plain).norm()
 
 
-def test_idle_blocks_do_not_move(pair: Captured) -> None:
-    """By momentum and weight decay, for which a gradient of zero would be enough."""
-    choices = [(0,) * 20, (1,) * 20]
-    optimizer = torch.optim.SGD(pair.graphed.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    for step, choice in enumerate(choices):
-        before = {name: value.clone() for name, value in pair.graphed.state_dict().items()}
+def test_idle_blocks_do_not_move(pair):
+    """A gradient of zero would let momentum and weight decay move them."""
+    model = pair.graphed
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for step in range(2):
+        before = copy.deepcopy(model.state_dict())
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(pair.graphed(images(step), choice), labels(step)).backward()
+        backward(model, (step,) * 20, step)
         optimizer.step()
-        chosen = pair.graphed.names[choice[0]]
-        for name, value in pair.graphed.state_dict().items():
-            if name.startswith("layers") and f".{chosen}." not in name:
+        for name, value in model.state_dict().items():
+            if name.startswith("layers") and f".{model.names[step]}." not in name:
                 assert torch.equal(value, before[name]), name
 
 
-def test_validation_takes_any_batch_and_no_graph(pair: Captured) -> None:
+def test_validation_takes_any_batch_and_no_graph(pair):
     dataset = load_dataset("digits", ".", SIZE)
     batches = Batches(dataset, dataset.search, 37, DEVICE)
     paths = [pair.space.sample(random.Random(i)) for i in range(len(batches))]
     for own in (False, True):
-        plain, graphed = (
-            supernet.evaluate(model, batches, paths, own) for model in (pair.plain, pair.graphed)
-        )
+        plain = supernet.evaluate(pair.plain, batches, paths, own)
+        graphed = supernet.evaluate(pair.graphed, batches, paths, own)
         assert graphed["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
+def takes_any_batch(model):
+    """A captured block in training mode takes batches of one size only."""
+    model.train()
+    for number in range(4):
+        model(torch.zeros(5, 3, 8, 8, device=DEVICE), (number,) * 20).sum().backward()
+
+
 @pytest.mark.parametrize("how", ["no room", "runs out"])
-def test_too_little_memory_means_no_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_means_no_graphs(how, monkeypatch):
     torch.manual_seed(0)
     model = Supernet(10, 8).to(DEVICE)
     before = copy.deepcopy(model.state_dict())
@@ -171,46 +165,25 @@ def test_too_little_memory_means_no_graphs(how: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", run_out)
     line = capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9)
     assert re.match("not used: .*(memory|GiB)", line)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same(model.state_dict(), before)
     takes_any_batch(model)
 
 
-def takes_any_batch(model: Supernet) -> None:
-    """A captured block in training mode takes batches of one size only."""
-    model.train()
-    for number in range(4):
-        model(torch.zeros(5, 3, 8, 8, device=DEVICE), (number,) * 20).sum().backward()
-
-
-def test_released_blocks_take_any_batch_again() -> None:
+def test_released_blocks_take_any_batch_again():
     model = Supernet(10, 8).to(DEVICE)
-    assert (
-        capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9)
-        == "used for the blocks"
-    )
+    assert capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9) == USED
     release_blocks(model)
     takes_any_batch(model)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """Digits with graphs, in bf16, interrupted after 6 of 8 epochs and resumed."""
     out = tmp_path_factory.mktemp("runs")
-    flags = [
-        "--dataset",
-        "digits",
-        "--epochs",
-        "8",
-        "--batch_size",
-        "64",
-        "--out_dir",
-        str(out),
-        "--exp_name",
-        "cuda",
-    ]
+    flags = f"--dataset digits --epochs 8 --batch_size 64 --out_dir {out} --exp_name cuda".split()
     save = records.save_checkpoint
 
-    def stop(path: Path, content: dict) -> None:
+    def stop(path, content):
         save(path, content)
         if content["epoch"] == 6:
             raise KeyboardInterrupt
@@ -220,43 +193,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(records, "save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             supernet.main(flags)
-        patch.undo()
-        patch.setattr(blocks, "GRAPH_CALLS", 1)
+        patch.setattr(records, "save_checkpoint", save)
         supernet.main([*flags, "--resume"])
     return out / "cuda"
 
 
-def test_a_run_with_graphs_learns_and_continues(trained: Path) -> None:
+def test_a_run_with_graphs_learns_and_continues(trained):
     log = (trained / "log.txt").read_text()
-    assert log.count("used for the blocks") == 2 and "resuming after epoch 6" in log
+    assert log.count(USED) == 2 and "resuming after epoch 6" in log
     rows = [row for _, row in read_csv(trained / "metrics.csv", METRICS)]
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
     assert float(rows[-1]["train_acc"]) > float(rows[5]["train_acc"]) > 30
 
 
-def test_a_single_architecture_trains_with_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_architecture_trains_with_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
-    flags = [
-        "--dataset",
-        "digits",
-        "--epochs",
-        "2",
-        "--out_dir",
-        str(tmp_path),
-        "--exp_name",
-        "alone",
-    ]
+    flags = f"--dataset digits --epochs 2 --out_dir {tmp_path} --exp_name alone".split()
     supernet.main([*flags, "--choice", "-".join("0123" * 5)])
-    assert "used for the blocks" in (tmp_path / "alone" / "log.txt").read_text()
+    assert USED in (tmp_path / "alone" / "log.txt").read_text()
     network = torch.export.load(tmp_path / "alone" / "model.pt2").module()
     assert network(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8)).shape == (3, 10)
 
 
-def test_scores_hardly_depend_on_precision_and_graphs(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_hardly_depend_on_precision_and_graphs(trained, monkeypatch):
     """By at most one standard error on average over 24 paths."""
     monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
     checkpoint, found = records.load_checkpoint(trained / "last.pth"), {}
@@ -267,11 +226,10 @@ def test_scores_hardly_depend_on_precision_and_graphs(
         model.to(DEVICE, memory_format=memory_format(DEVICE, precision))
         how = DEVICE, 0, precision
         calibration = random_search.calibration_batches(dataset, 1000, 4, *how)
-        scorer = random_search.Scorer(
-            model, calibration, Batches(dataset, dataset.search, 1000, *how)
-        )
+        batches = Batches(dataset, dataset.search, 1000, *how)
+        scorer = random_search.Scorer(model, calibration, batches)
         if graphs:
-            assert scorer.use_cuda_graphs(1000) == "used for the blocks"
+            assert scorer.use_cuda_graphs(1000) == USED
         paths = sorted(SearchSpace(model).sample_distinct(random.Random(0), 24))
         scores = scorer.score(paths)
         found[precision, graphs] = torch.tensor([score["accuracy"] for score in scores])

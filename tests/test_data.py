@@ -1,4 +1,4 @@
-"""Data sets, splits, batches and augmentation, each against a plain reference; no test needs a network."""
+"""Data sets, splits, batches and augmentation, against plain references, without a network."""
 
 import gzip
 import http.client
@@ -24,14 +24,15 @@ from utils import UserError
 CPU = torch.device("cpu")
 
 
-def gradient(height: int, width: int) -> np.ndarray:
+def gradient(height, width):
     """A smooth colour picture: JPEG keeps it almost as it is."""
     rows, columns = np.mgrid[0:height, 0:width]
     red, green = rows * 255 // max(height - 1, 1), columns * 255 // max(width - 1, 1)
     return np.stack((red, green, (red + green) // 4), axis=2).astype(np.uint8)
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
+def encoded(image, kind, **options):
+    """The bytes of an image file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -39,14 +40,14 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.fixture
 def tree(tmp_path):
-    """Writes so many PNGs of noise into each folder of a dict; returns their pixels, as bytes, with their folders."""
+    """Writes so many PNGs of noise into each folder of a dict; returns folders by pixels."""
 
-    def write(counts: dict[str, int], side: int = 8) -> dict[bytes, str]:
+    def write(counts):
         origin = {}
         for folder, count in counts.items():
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                pixels = noise(side, side, 3, seed=zlib.crc32(f"{folder} {i}".encode()))
+                pixels = noise(8, 8, 3, seed=zlib.crc32(f"{folder} {i}".encode()))
                 Image.fromarray(pixels).save(tmp_path / folder / f"{i:03}.png")
                 origin[pixels.tobytes()] = folder
         return origin
@@ -54,219 +55,182 @@ def tree(tmp_path):
     return write
 
 
-def save_in_each_folder(root: Path, files: dict[str, bytes]) -> None:
-    """The same files as the images of two classes in train/ and of one in test/."""
+def load_files(root, files, image_size):
+    """A data set with these files in each of train/a, train/b and test/a."""
     for folder in ("train/a", "train/b", "test/a"):
         (root / folder).mkdir(parents=True)
         for name, content in files.items():
             (root / folder / name).write_bytes(content)
+    return load_dataset("folder", str(root), image_size)
 
 
-def pixels_of(split: Split) -> list[bytes]:
+def splits(dataset):
+    return dataset.train, dataset.search, dataset.test
+
+
+def pixels_of(split):
     """The images of a split in memory as the bytes of (S, S, 3) arrays."""
     return [image.permute(1, 2, 0).numpy().tobytes() for image in split.images]
 
 
-def refusal(*arguments, **options) -> str:
+def assert_origin(dataset, origin, test):
+    """Each image has the class and the split of its folder, and none comes twice."""
+    seen = []
+    for split, folder in zip(splits(dataset), ("train", "train", test), strict=True):
+        expected = [f"{folder}/{dataset.classes[label]}" for label in split.labels]
+        assert [origin[pixels] for pixels in pixels_of(split)] == expected
+        seen += pixels_of(split)
+    assert len(seen) == len(set(seen)) == len(origin)
+
+
+def refusal(name, root, image_size):
     """The message of the UserError that load_dataset raises; it must be one line."""
     with pytest.raises(UserError) as caught:
-        load_dataset(*arguments, **options)
+        load_dataset(name, str(root), image_size)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
-def in_memory(
-    images: torch.Tensor, name: str = "cifar10", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)
-) -> ImageData:
+def in_memory(images, name="cifar10", mean=(0.5, 0.4, 0.3)):
     """A data set of these images; the label of an image is its position."""
     split = Split(images, torch.arange(len(images)))
-    return ImageData(
-        name, images.shape[-1], list(map(str, range(len(images)))), mean, std, split, split, split
-    )
+    classes = [str(i) for i in range(len(images))]
+    size, std = images.shape[-1], (0.25, 0.5, 0.2)
+    return ImageData(name, size, classes, mean, std, split, split, split)
 
 
-def restored(batch: torch.Tensor, dataset: ImageData) -> np.ndarray:
+def each_way(dataset, size):
+    """Batches of a training epoch, of the training images in order, and of the test images."""
+    training = Batches(dataset, dataset.train + dataset.search, 2 * size, CPU)
+    return training.epoch(0, 0), training, Batches(dataset, dataset.test, size, CPU)
+
+
+def restored(batch, dataset):
     """Normalised images (N, 3, S, S) back to values from 0 to 255, by numpy in float64."""
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
     return (batch.double().numpy() * std + mean) * 255
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed):
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
 
 
-# Digits
-
-
-def test_digits_are_1197_300_300_images_and_every_one_of_the_1797_is_in_exactly_one_split():
+def test_the_splits_of_digits_hold_each_image_once():
     with np.load(Path(data.datasets.__file__).with_name("digits.npz")) as arrays:
-        raw, labels = arrays["images"], arrays["labels"]
+        raw, labels = arrays["images"], arrays["labels"].tolist()
     levels = np.round(raw * (255 / 16)).astype(np.uint8)  # the values are 0 to 16
-    expected = sorted(
-        (image.tobytes(), int(label)) for image, label in zip(levels, labels, strict=True)
-    )
+    expected = zip([image.tobytes() for image in levels], labels, strict=True)
     digits = load_dataset("digits", "unused", 8)
-    splits = digits.train, digits.search, digits.test
-    assert [len(split) for split in splits] == [1197, 300, 300]
-    for held in splits[1:]:
+    found = []
+    for split in splits(digits):
+        pixels = [image[0].numpy().tobytes() for image in split.images]
+        found += zip(pixels, split.labels.tolist(), strict=True)
+    assert sorted(found) == sorted(expected)
+    assert len(digits.train) == 1197
+    for held in (digits.search, digits.test):
         assert held.labels.bincount().tolist() == [30] * 10
-    found = [
-        (i[0].numpy().tobytes(), int(n))
-        for s in splits
-        for i, n in zip(s.images, s.labels, strict=True)
-    ]
-    assert sorted(found) == expected
 
 
 def test_digits_are_enlarged_bilinearly_to_three_equal_channels():
-    small, large = load_dataset("digits", "unused", 8), load_dataset("digits", "unused", 16)
-    assert torch.equal(small.train.labels, large.train.labels)
-    levels = np.round(small.train.images[:40, 0].numpy() * np.float32(16 / 255)) * np.float32(
-        255 / 16
-    )  # unrounded
-    expected = [
-        Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in levels
-    ]
-    images = large.train.images.numpy()
+    small, large = (load_dataset("digits", "unused", size).train for size in (8, 16))
+    assert torch.equal(small.labels, large.labels)
+    images = large.images.numpy()
     assert images.dtype == np.uint8 and (images == images[:, :1]).all()
+    raw = np.round(small.images[:40, 0].numpy() * np.float32(16 / 255))
+    unrounded = [Image.fromarray(image) for image in raw * np.float32(255 / 16)]
+    expected = [image.resize((16, 16), Image.Resampling.BILINEAR) for image in unrounded]
     assert np.abs(images[:40, 0] - np.stack(expected)).max() <= 0.51
 
 
-# CIFAR-10
-
-
-@pytest.mark.parametrize(("archive", "folder"), [(True, True), (False, True), (True, False)])
-def test_cifar10_holds_a_tenth_of_each_class_out_of_training_without_a_network_call(
-    cifar, tmp_path, archive, folder
-):
-    """pytorch/pytorch#59344, quark0/darts#66, kuangliu/pytorch-cifar#145: no test image gets into training."""
-    cifar.install(tmp_path, archive, folder)
+@pytest.mark.parametrize(("archive", "extracted"), [(True, True), (False, True), (True, False)])
+def test_cifar10_holds_out_a_tenth_of_each_class(cifar, tmp_path, archive, extracted):
+    """(pytorch/pytorch#59344, quark0/darts#66, kuangliu/pytorch-cifar#145)"""
+    cifar.install(tmp_path, archive, extracted)
     dataset = load_dataset("cifar10", str(tmp_path), 32)
     assert cifar.calls == []
     assert dataset.classes == [f"class {i}" for i in range(10)]
-    truth = {}
+    origin = {}
     for name, rows in cifar.images.items():
-        truth |= {
-            row.tobytes(): (n, name == "test_batch")
-            for row, n in zip(rows, cifar.labels[name], strict=True)
-        }
-    seen = []
-    for split, is_test in ((dataset.train, False), (dataset.search, False), (dataset.test, True)):
-        keys = [
-            image.numpy().tobytes() for image in split.images
-        ]  # planes of red, green, blue, as in the pickles
-        assert [truth[key] for key in keys] == [(label, is_test) for label in split.labels.tolist()]
-        seen += keys
-    assert len(seen) == len(set(seen)) == 240
+        folder = "test" if name == "test_batch" else "train"
+        images = rows.reshape(40, 3, 32, 32).transpose(0, 2, 3, 1)
+        for image, label in zip(images, cifar.labels[name], strict=True):
+            origin[image.tobytes()] = f"{folder}/class {label}"
+    assert_origin(dataset, origin, "test")
     assert dataset.search.labels.bincount().tolist() == [2] * 10
 
 
 @pytest.mark.parametrize("name", ["cifar10", "digits", "folder"])
-def test_the_same_images_are_held_out_whatever_the_global_seeds_are(cifar, tree, tmp_path, name):
+def test_the_splits_do_not_depend_on_global_seeds(cifar, tree, tmp_path, name):
     cifar.install(tmp_path, archive=False, folder=True)
     tree({"train/a": 30, "train/b": 30, "test/a": 1})
-    splits = []
+    found = []
     for seed in (1, 2):
         seed_everything(seed)
         dataset = load_dataset(name, str(tmp_path), 8)
-        splits.append([pixels_of(split) for split in (dataset.train, dataset.search, dataset.test)])
-    assert splits[0] == splits[1]
+        found.append([pixels_of(split) for split in splits(dataset)])
+    assert found[0] == found[1]
 
 
-def test_cifar10_without_network_says_what_to_put_where(cifar, tmp_path):
-    """pytorch/vision#6007, pytorch/vision#5039."""
-    message = refusal("cifar10", str(tmp_path), 32)
+CUT_OFF = [None, ConnectionResetError("reset by peer"), http.client.IncompleteRead(b"", 1000)]
+
+
+@pytest.mark.parametrize("end", CUT_OFF, ids=repr)
+def test_a_failed_download_is_one_line_and_can_be_repeated(cifar, tmp_path, end):
+    """(pytorch/vision#5039, pytorch/vision#6007, pytorch/pytorch#740)"""
+    message = refusal("cifar10", tmp_path, 32)
     for part in (CIFAR10.filename, str(tmp_path), "--dataset digits", "no route to host"):
         assert part in message
-
-
-@pytest.mark.parametrize(
-    "end",
-    [None, ConnectionResetError("reset by peer"), http.client.IncompleteRead(b"", 1000)],
-    ids=repr,
-)
-def test_a_download_that_breaks_off_is_one_line_and_can_be_repeated(cifar, tmp_path, end):
-    """pytorch/pytorch#740, pytorch/vision#6007."""
     cifar.served, cifar.end = cifar.archive[: len(cifar.archive) // 2], end
-    assert f"no CIFAR-10 in {tmp_path}" in refusal("cifar10", str(tmp_path), 32)
+    assert f"no CIFAR-10 in {tmp_path}" in refusal("cifar10", tmp_path, 32)
     cifar.served, cifar.end = cifar.archive, None
     assert len(load_dataset("cifar10", str(tmp_path), 32).train) == 180
 
 
-# Folders
-
-
 @pytest.mark.parametrize(("name", "held"), [("folder", [1, 2, 52]), ("imagenet", [1, 2, 50])])
-def test_folders_hold_a_tenth_of_each_class_out_of_training(tree, tmp_path, name, held):
-    """pytorch/vision#3602: imagenet too needs the plain folders only."""
+def test_folders_hold_out_a_tenth_of_each_class(tree, tmp_path, name, held):
+    """ImageNet too needs nothing but the plain folders (pytorch/vision#3602)."""
     origin = tree({"train/a": 3, "train/b": 25, "train/c": 520, "val/a": 2, "val/b": 1, "val/c": 1})
     dataset = load_dataset(name, str(tmp_path), 8)
-    assert dataset.search.labels.bincount().tolist() == held
-    seen = []
-    for split, folder in (
-        (dataset.train, "train"),
-        (dataset.search, "train"),
-        (dataset.test, "val"),
-    ):
-        keys = pixels_of(split)
-        assert [origin[key] for key in keys] == [
-            f"{folder}/{'abc'[label]}" for label in split.labels.tolist()
-        ]
-        seen += keys
-    assert len(set(seen)) == len(seen) == 552
+    assert len(origin) == 552 and dataset.search.labels.bincount().tolist() == held
+    assert_origin(dataset, origin, "val")
     if name == "imagenet":
         assert (dataset.mean, dataset.std) == IMAGENET_NORM
     else:
         values = dataset.train.images.numpy() / 255
-        assert np.allclose(
-            (dataset.mean, dataset.std), (values.mean((0, 2, 3)), values.std((0, 2, 3)))
-        )
+        assert np.allclose(dataset.mean, values.mean((0, 2, 3)))
+        assert np.allclose(dataset.std, values.std((0, 2, 3)))
 
 
-@pytest.mark.parametrize(
-    ("name", "folders", "search", "test"),
-    [
-        ("folder", "val", "train", "val"),
-        ("folder", "test", "train", "test"),
-        ("folder", "val test", "val", "test"),
-        ("imagenet", "val test", "train", "val"),
-    ],
-)
-def test_which_folder_becomes_which_split(tree, tmp_path, name, folders, search, test):
-    tree({f"{folder}/{c}": 2 for folder in ("train", *folders.split()) for c in "ab"})
-    dataset = load_dataset(name, str(tmp_path), 96)
-    splits = dataset.train, dataset.search, dataset.test
-    found = [
-        {Path(path).relative_to(tmp_path).parts[0] for path in split.images} for split in splits
-    ]
-    assert found == [{"train"}, {search}, {test}]
-    assert len(dataset.train) == (4 if search == "val" else 2)
+LAYOUTS = [("folder", "val", "train", "val"), ("folder", "test", "train", "test")]
+LAYOUTS += [("folder", "val test", "val", "test"), ("imagenet", "val test", "train", "val")]
 
 
 @pytest.mark.parametrize("missing", ["absent", "empty"])
-@pytest.mark.parametrize(
-    ("name", "folders"), [("imagenet", "val"), ("folder", "test"), ("folder", "val test")]
-)
-def test_classes_keep_their_numbers_where_one_has_no_images(tree, tmp_path, name, folders, missing):
-    """pytorch/vision#4925, pytorch/vision#8297, ultralytics/ultralytics#14301."""
-    counts = {"train/a": 2, "train/b": 2, "train/c": 2}
+@pytest.mark.parametrize(("name", "folders", "search", "test"), LAYOUTS)
+def test_each_split_has_its_folder(tree, tmp_path, name, folders, search, test, missing):
+    """A class without images keeps its number.
+
+    (pytorch/vision#4925, pytorch/vision#8297, ultralytics/ultralytics#14301)
+    """
+    tree({"train/a": 2, "train/b": 2, "train/c": 2})
     for folder in folders.split():
-        counts |= {f"{folder}/a": 1, f"{folder}/c": 2} | (
-            {f"{folder}/b": 0} if missing == "empty" else {}
-        )
-    tree(counts)
-    dataset = load_dataset(name, str(tmp_path), 8)
+        tree({f"{folder}/a": 1, f"{folder}/c": 2})
+        if missing == "empty":
+            (tmp_path / folder / "b").mkdir()
+    dataset = load_dataset(name, str(tmp_path), 96)
+    for split, folder in zip(splits(dataset), ("train", search, test), strict=True):
+        assert {Path(path).relative_to(tmp_path).parts[0] for path in split.images} == {folder}
+        assert folder == "train" or split.labels.tolist() == [0, 2, 2]
     assert dataset.classes == ["a", "b", "c"]
-    for split in (dataset.test, dataset.search)[: len(folders.split())]:
-        assert split.labels.tolist() == [0, 2, 2]
+    assert len(dataset.train) == (6 if search == "val" else 3)
 
 
 @pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX"])
 @pytest.mark.parametrize("count", [0, 3])
-def test_hidden_and_tool_folders_are_no_classes_and_hold_no_images(tree, tmp_path, folder, count):
-    """pytorch/vision#2831, open-mmlab/mmpretrain#507. In a class, a copy of a training image might be held out."""
+def test_hidden_and_tool_folders_are_ignored(tree, tmp_path, folder, count):
+    """Beside the classes and within one (pytorch/vision#2831, open-mmlab/mmpretrain#507)."""
     tree({"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
     tree({f"{parent}/{folder}": count for parent in ("train", "test", "train/a", "test/a")})
     (tmp_path / "train/a/._000.png").write_bytes(b"a resource fork of macOS")
@@ -276,8 +240,8 @@ def test_hidden_and_tool_folders_are_no_classes_and_hold_no_images(tree, tmp_pat
     assert dataset.test.labels.tolist() == [0, 1]
 
 
-def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp_path):
-    """mindspore-lab/mindocr#538 and the like: linked files and folders, circles, dead links."""
+def test_an_image_has_one_class_and_one_split_despite_links(tree, tmp_path):
+    """Linked files and folders, circles and dead links (mindspore-lab/mindocr#538)."""
     tree({"train/a": 4, "train/b": 4, "train/b/more": 2, "val/a": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "train")
     assert len(load_dataset("folder", str(tmp_path), 8).train) == 8
@@ -285,49 +249,49 @@ def test_an_image_has_one_class_and_one_split_whatever_links_there_are(tree, tmp
     links |= {"train/a/friend.png": "../b/000.png", "train/a/copy.png": "000.png"}
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
-        assert "an image has one class" in refusal("folder", str(tmp_path), 8)
+        assert "an image has one class" in refusal("folder", tmp_path, 8)
         (tmp_path / link).unlink()
     (tmp_path / "train/c").symlink_to("nowhere")
-    assert "train/c is a link to nothing" in refusal("folder", str(tmp_path), 8)
+    assert "train/c is a link to nothing" in refusal("folder", tmp_path, 8)
 
 
-@pytest.mark.parametrize(
-    ("counts", "named", "said"),
-    [
-        ({"test/a": 2}, "train", "no folder"),
-        ({"train/a": 2, "train/b": 2}, "val", "no folder"),
-        ({"train": 4, "val/a": 1}, "train", "one folder per class"),
-        ({"train/a": 2, "train/b": 2, "val": 3}, "val", "one folder per class"),
-        ({"train/a": 2, "train/b": 2, "val/a": 0}, "val", "no images"),
-        ({"train/a": 2, "train/b": 2, "val/zebra": 1}, "val/zebra", "training folder"),
-        ({"train/a": 2, "train/b": 1, "val/a": 1}, "train", "two images or more"),
-        ({"train/a": 2, "train/b": 0, "val/a": 1}, "train", "two images or more"),
-        ({"train/a": 4, "val/a": 1}, "train", "two classes or more"),
-    ],
-)
+TRAIN = {"train/a": 2, "train/b": 2}
+WRONG = [
+    ({"test/a": 2}, "train", "no folder"),
+    (TRAIN, "val", "no folder"),
+    ({"train": 4, "val/a": 1}, "train", "one folder per class"),
+    (TRAIN | {"val": 3}, "val", "one folder per class"),
+    (TRAIN | {"val/a": 0}, "val", "no images"),
+    (TRAIN | {"val/zebra": 1}, "val/zebra", "training folder"),
+    (TRAIN | {"train/b": 1, "val/a": 1}, "train", "two images or more"),
+    (TRAIN | {"train/b": 0, "val/a": 1}, "train", "two images or more"),
+    ({"train/a": 4, "val/a": 1}, "train", "two classes or more"),
+]
+
+
+@pytest.mark.parametrize(("counts", "named", "said"), WRONG)
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
-def test_a_wrong_layout_is_refused_with_the_folder(tree, tmp_path, name, counts, named, said):
-    """facebookresearch/kill-the-bits#5, pytorch/examples#275 (a flat val folder) and the like."""
+def test_a_wrong_layout_is_refused_with_its_folder(tree, tmp_path, name, counts, named, said):
+    """(facebookresearch/kill-the-bits#5, pytorch/examples#275)"""
     tree(counts)
-    message = refusal(name, str(tmp_path), 8)
+    message = refusal(name, tmp_path, 8)
     assert f"{tmp_path / named} " in message.replace(";", " ") and said in message
 
 
-# Image files
-
-
-def image_files() -> dict[str, tuple[bytes, np.ndarray, float]]:
-    """Files of one 32x32 picture by name: content, expected pixels, and how far the mean may be from them."""
+def image_files():
+    """Files of a 32x32 picture by name: content, expected pixels, tolerance of their mean."""
     pixels, palette = gradient(32, 32), noise(256, 3)
     rgb, alpha = Image.fromarray(pixels), Image.fromarray(noise(32, 32))
     grey = rgb.convert("L")
     greys = np.repeat(np.asarray(grey)[:, :, None], 3, axis=2)
+    black_white = Image.fromarray(greys[:, :, 0] >= 128)
     indices = np.arange(1024, dtype=np.uint8).reshape(32, 32)
     indexed = Image.frombytes("P", (32, 32), indices.tobytes())
     indexed.putpalette(palette.flatten().tolist())
+    bad_exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"
     return {
         "L.png": (encoded(grey, "PNG"), greys, 0),
-        "1.png": (encoded(Image.fromarray(greys[:, :, 0] >= 128), "PNG"), (greys >= 128) * 255, 0),
+        "1.png": (encoded(black_white, "PNG"), (greys >= 128) * 255, 0),
         "LA.png": (encoded(Image.merge("LA", (grey, alpha)), "PNG"), greys, 0),
         "P.png": (encoded(indexed, "PNG", transparency=bytes(range(256))), palette[indices], 0),
         "RGBA.png": (encoded(Image.merge("RGBA", (*rgb.split(), alpha)), "PNG"), pixels, 0),
@@ -335,70 +299,49 @@ def image_files() -> dict[str, tuple[bytes, np.ndarray, float]]:
         "UPPER.PNG": (encoded(rgb, "PNG"), pixels, 0),
         "L.jpg": (encoded(grey, "JPEG"), greys, 0.02),
         "CMYK.jpg": (encoded(rgb.convert("CMYK"), "JPEG"), pixels, 0.05),
-        "bad-exif.jpg": (
-            encoded(rgb, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"),
-            pixels,
-            0.02,
-        ),
+        "bad-exif.jpg": (encoded(rgb, "JPEG", exif=bad_exif), pixels, 0.02),
     }
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
-def test_images_of_any_mode_and_size_are_read_as_rgb_in_training_and_evaluation(
-    tmp_path, image_size
-):
-    """python-pillow/Pillow#2564, nothings/stb#427, IntelLabs/distiller#163, www.terryalanunlimited.com (500x33)."""
+def test_images_of_any_mode_and_size_are_read_as_rgb(tmp_path, image_size):
+    """(python-pillow/Pillow#2564, nothings/stb#427, IntelLabs/distiller#163)"""
     known = image_files()
-    files = {name: content for name, (content, _, _) in known.items()} | {
-        "dot.png": encoded(Image.fromarray(noise(1, 1, 3)), "PNG"),
-        "wide.jpg": encoded(Image.fromarray(gradient(33, 500)), "JPEG"),
-        "high.jpg": encoded(Image.fromarray(gradient(500, 33)), "JPEG"),
-    }
-    save_in_each_folder(tmp_path, files)
-    dataset = load_dataset("folder", str(tmp_path), image_size)
-    training = Batches(dataset, dataset.train + dataset.search, 2 * len(files), CPU)
-    for batches in (
-        training.epoch(0, 0),
-        training,
-        Batches(dataset, dataset.test, len(files), CPU),
-    ):
+    files = {name: content for name, (content, _, _) in known.items()}
+    files["dot.png"] = encoded(Image.fromarray(noise(1, 1, 3)), "PNG")
+    files["wide.jpg"] = encoded(Image.fromarray(gradient(33, 500)), "JPEG")
+    files["high.jpg"] = encoded(Image.fromarray(gradient(500, 33)), "JPEG")
+    dataset = load_files(tmp_path, files, image_size)
+    for batches in each_way(dataset, len(files)):
         ((images, labels),) = batches
-        assert images.shape == (len(labels), 3, image_size, image_size) and len(labels) >= len(
-            files
-        )
+        assert images.shape == (len(labels), 3, image_size, image_size)
         assert images.dtype == torch.float32 and images.isfinite().all()
+        assert len(labels) >= len(files)
     if image_size == 32:  # that of the known pictures
-        found = dict(
-            zip(sorted(files), dataset.test.images.permute(0, 2, 3, 1).numpy(), strict=True)
-        )
+        pixels = dataset.test.images.permute(0, 2, 3, 1).numpy()
+        found = dict(zip(sorted(files), pixels, strict=True))
         for name, (_, expected, tolerance) in known.items():
+            difference = found[name].mean((0, 1)) - expected.mean((0, 1))
+            assert np.abs(difference).max() <= tolerance * 255, name
             assert tolerance or np.array_equal(found[name], expected), name
-            assert (
-                np.abs(found[name].mean((0, 1)) - expected.mean((0, 1))).max() <= tolerance * 255
-            ), name
 
 
 @pytest.mark.parametrize("image_size", [32, 96])
-def test_an_exif_orientation_is_ignored_in_training_and_evaluation(tmp_path, image_size):
-    """pytorch/vision#7977, pytorch/vision#7947."""
-    stripes = Image.fromarray(np.ascontiguousarray(np.broadcast_to(gradient(1, 80), (40, 80, 3))))
+def test_an_exif_orientation_is_ignored(tmp_path, image_size):
+    """In training and evaluation (pytorch/vision#7977, pytorch/vision#7947)."""
+    stripes = Image.fromarray(np.tile(gradient(1, 80), (40, 1, 1)))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn: it would make the equal rows differ
-    save_in_each_folder(
-        tmp_path, {f"{i}.jpg": encoded(stripes, "JPEG", exif=exif) for i in range(4)}
-    )
-    dataset = load_dataset("folder", str(tmp_path), image_size)
-    training = Batches(dataset, dataset.train + dataset.search, 8, CPU)
-    for batches in (training.epoch(0, 0), training, Batches(dataset, dataset.test, 4, CPU)):
+    content = encoded(stripes, "JPEG", exif=exif)
+    dataset = load_files(tmp_path, {f"{i}.jpg": content for i in range(4)}, image_size)
+    for batches in each_way(dataset, 4):
         for images, _ in batches:
-            inner = restored(images, dataset)[
-                :, :, 8:-8, 8:-8
-            ]  # without the border that a crop may add
+            inner = restored(images, dataset)[:, :, 8:-8, 8:-8]  # a crop may add a border
             assert np.ptp(inner, axis=2).max() <= 2
             assert np.ptp(inner, axis=3).max((1, 2)).min() > 2
 
 
-def damaged_files() -> dict[str, bytes]:
+def damaged_files():
     jpeg = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
     giant = b"P6 20000 10000 255\n"  # more pixels than Pillow accepts
     emf = b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60)  # on which Pillow divides by zero
@@ -411,31 +354,25 @@ def damaged_files() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", damaged_files())
 @pytest.mark.parametrize(("folder", "workers"), [("train", 0), ("val", 2)])
 def test_a_damaged_image_is_refused_with_its_path(tree, tmp_path, name, folder, workers):
-    """pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10: small or streamed, also from a worker."""
+    """(pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10)"""
     tree({"train/a": 2, "train/b": 3, "val/a": 3})
     path = tmp_path / folder / "a" / name
     path.write_bytes(damaged_files()[name])
     streamed = load_dataset("imagenet", str(tmp_path), 96)
     split = streamed.train + streamed.search if folder == "train" else streamed.test
     batches = Batches(streamed, split, 2, CPU, workers)
-    for read in (
-        lambda: load_dataset("folder", str(tmp_path), 32, workers),
-        lambda: list(batches),
-        lambda: list(batches.epoch(0, 0)),
-    ):
+    load_small = partial(load_dataset, "folder", str(tmp_path), 32, workers)
+    for read in (load_small, partial(list, batches), partial(list, batches.epoch(0, 0))):
         with pytest.raises(UserError) as caught:
             read()
-        assert (
-            str(path) in str(caught.value).strip().splitlines()[-1]
-        )  # the lines before come from the worker
+        last_line = str(caught.value).strip().splitlines()[-1]  # after those of the worker
+        assert str(path) in last_line
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 96])
 @pytest.mark.parametrize("shape", [(150, 120), (120, 201)])
-def test_evaluation_resizes_the_shorter_side_and_crops_the_centre_in_rgb_order(
-    tree, tmp_path, image_size, shape
-):
-    """megvii-model/SinglePathOneShot#5. Large images are cropped as 224 out of 256; small ones keep their side."""
+def test_evaluation_resizes_and_crops_the_centre(tree, tmp_path, image_size, shape):
+    """Only large images are cropped, and all are RGB (megvii-model/SinglePathOneShot#5)."""
     tree({"train/a": 2, "train/b": 2, "test/a": 0})
     picture = Image.fromarray(noise(*shape, 3)).resize(shape[::-1], Image.Resampling.BOX)
     picture.save(tmp_path / "test/a/0.png")
@@ -457,24 +394,19 @@ def test_images_that_are_constant_in_a_channel_are_refused(channels, value):
         channel_statistics(images)
 
 
-# Batches
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_iterating_gives_every_image_once_in_order_normalised_and_unaugmented(batch_size):
-    """udacity/deep-learning-v2-pytorch#132, ildoonet/pytorch-randaugment#16."""
+def test_iterating_gives_each_image_once_normalised_and_unaugmented(batch_size):
+    """In order (udacity/deep-learning-v2-pytorch#132, ildoonet/pytorch-randaugment#16)."""
     images = noise(20, 3, 8, 8)
     dataset = in_memory(torch.from_numpy(images))
     batches = Batches(dataset, dataset.train, batch_size, CPU)
-    parts = list(batches)
+    parts, labels = zip(*batches, strict=True)
     assert len(batches) == len(parts) == -(-20 // batch_size)
-    assert torch.cat([labels for _, labels in parts]).tolist() == list(range(20))
+    assert torch.cat(labels).tolist() == list(range(20))
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in parts)
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (dataset.mean, dataset.std))
-    found = torch.cat([part for part, _ in parts]).numpy()
-    assert found.dtype == np.float32 and np.allclose(
-        found, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6
-    )
-    assert all(part.is_contiguous(memory_format=torch.channels_last) for part, _ in parts)
+    found, expected = torch.cat(parts).numpy(), (images / 255 - mean) / std
+    assert found.dtype == np.float32 and np.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_epoch_depends_on_seed_and_epoch_alone():
@@ -491,39 +423,32 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     assert len(set(orders)) == 4 and not any(torch.equal(drawn[0], other) for other in drawn[2:])
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "sizes"),
-    [(20, 8, [8, 8]), (40, 8, [8] * 5), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])],
-)
-def test_an_epoch_drops_the_last_incomplete_batch_unless_it_is_the_only_one(
-    monkeypatch, count, batch_size, sizes
-):
-    """openvinotoolkit/nncf#379, mapbox/robosat#228."""
-    monkeypatch.setattr(
-        data.loaders, "AUGMENTED", 16
-    )  # so that two batches of 8 are augmented together
+KEPT = [(20, 8, [8, 8]), (40, 8, [8] * 5), (33, 32, [32]), (5, 8, [5]), (3, 1, [1, 1, 1])]
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), KEPT)
+def test_an_epoch_drops_an_incomplete_last_batch(monkeypatch, count, batch_size, sizes):
+    """Unless it is the only one (openvinotoolkit/nncf#379, mapbox/robosat#228)."""
+    monkeypatch.setattr(data.loaders, "AUGMENTED", 16)  # two batches of 8 are augmented together
     images = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     dataset = in_memory(images)
     batches = Batches(dataset, dataset.train, batch_size, CPU)
-    parts = list(batches.epoch(0, 0))
-    assert [len(labels) for _, labels in parts] == [len(part) for part, _ in parts] == sizes
+    parts, labels = zip(*batches.epoch(0, 0), strict=True)
+    assert [len(part) for part in labels] == [len(part) for part in parts] == sizes
     assert batches.steps() == len(sizes)
-    labels = torch.cat([labels for _, labels in parts])
+    labels = torch.cat(labels)
     assert len(labels.unique()) == len(labels), "an image came twice"
-    brightest = np.concatenate([restored(part, dataset).max((1, 2, 3)) for part, _ in parts])
-    assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), (
-        "images and labels do not belong together"
-    )
+    brightest = restored(torch.cat(parts), dataset).max((1, 2, 3))
+    assert np.allclose(brightest, labels.numpy() + 1, atol=1e-3), "an image has another's label"
 
 
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_no_digits(
-    name, in_order
-):
-    """Every pixel tells where it comes from; the drawn shift and mirroring must explain the whole image."""
+def test_augmentation_shifts_and_mirrors(name, in_order):
+    """By up to an eighth; mirrors half of the images, but no digits."""
     side, padding, count = 16, 2, 600
     rows, columns = np.mgrid[0:side, 0:side]
+    # Every pixel tells its origin: the shift and the mirroring must explain each whole image.
     source = np.stack((rows + 1, columns + 1, np.full_like(rows, 200))).astype(np.uint8)
     dataset = in_memory(torch.from_numpy(source).expand(count, -1, -1, -1), name)
     batches = Batches(dataset, dataset.train, 200, CPU)
@@ -545,10 +470,9 @@ def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half_of_the_images_but_
 
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 6])
-def test_augmentation_cuts_one_square_out_of_each_image_with_its_centre_anywhere(length, in_order):
-    dataset = in_memory(
-        torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2), mean=(101 / 255, 51 / 255, 7 / 255)
-    )
+def test_cutout_removes_one_square_with_its_centre_anywhere(length, in_order):
+    images = torch.from_numpy(noise(600, 3, 16, 16) // 2 * 2)
+    dataset = in_memory(images, mean=(101 / 255, 51 / 255, 7 / 255))
     batches = Batches(dataset, dataset.train, 200, CPU)
     drawn = batches.augmented if in_order else partial(batches.epoch, 0, 0)
     whole, cut = (torch.cat([images for images, _ in drawn(size)]) for size in (0, length))
@@ -565,8 +489,8 @@ def test_augmentation_cuts_one_square_out_of_each_image_with_its_centre_anywhere
     assert len(found) > 200, "600 of 256 squares: about 230 of them are drawn"
 
 
-def test_streamed_batches_depend_on_seed_and_epoch_alone_and_repeat_no_augmentation(tmp_path):
-    """gpleiss/efficient_densenet_pytorch#51, pytorch/pytorch#5059, xingyizhou/CenterNet#233."""
+def test_streamed_batches_depend_on_seed_and_epoch_alone(tmp_path):
+    """(gpleiss/efficient_densenet_pytorch#51, pytorch/pytorch#5059, xingyizhou/CenterNet#233)"""
     colours = ("red", "green", "blue")
     for folder, count in (("train", 5), ("test", 2)):
         for label, colour in enumerate(colours):
@@ -580,34 +504,21 @@ def test_streamed_batches_depend_on_seed_and_epoch_alone_and_repeat_no_augmentat
     for workers in (0, 2):
         seed_everything(workers)
         batches = Batches(dataset, dataset.train, 5, CPU, workers)
-        runs.append(
-            [
-                *batches.epoch(1, 2),
-                *batches.epoch(1, 3),
-                *batches.augmented(),
-                *batches.augmented(),
-                *batches,
-            ]
-        )
-    assert [len(labels) for _, labels in runs[0]] == [5, 5, 5, 5, *[4] * 9]
-    in_order = [
-        torch.cat([labels for _, labels in runs[0][start : start + 3]]).tolist()
-        for start in (4, 7, 10)
-    ]
-    assert in_order == [dataset.train.labels.tolist()] * 3
-    assert all(
-        torch.equal(first, again)
-        for (first, _), (again, _) in zip(runs[0][4:7], runs[0][7:10], strict=True)
-    )
+        epochs = [*batches.epoch(1, 2), *batches.epoch(1, 3)]
+        runs.append([*epochs, *batches.augmented(), *batches.augmented(), *batches])
+    run = runs[0]
+    assert [len(labels) for _, labels in run] == [5, 5, 5, 5, *[4] * 9]
+    for start in (4, 7, 10):
+        labels = torch.cat([labels for _, labels in run[start : start + 3]])
+        assert torch.equal(labels, dataset.train.labels)
+    for (first, _), (again, _) in zip(run[4:7], run[7:10], strict=True):
+        assert torch.equal(first, again)
     for (images, labels), (other_images, other_labels) in zip(*runs, strict=True):
-        assert images.shape == (len(labels), 3, 96, 96) and images.is_contiguous(
-            memory_format=torch.channels_last
-        )
+        assert images.shape == (len(labels), 3, 96, 96)
+        assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
         brightest = restored(images, dataset).mean((2, 3)).argmax(1)
-        assert [colours[channel] for channel in brightest] == [
-            dataset.classes[label] for label in labels
-        ]
+        assert [colours[i] for i in brightest] == [dataset.classes[label] for label in labels]
     drawn = torch.cat([images for images, _ in runs[1][:7]])  # of equal files, in each class
     assert len(drawn.unique(dim=0)) == len(drawn) == 32
 

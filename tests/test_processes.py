@@ -15,16 +15,14 @@ from PIL import Image
 
 import random_search
 import supernet
-from conftest import TIMEOUT, TINY, Run, assert_same_record, noise, start
+from conftest import TIMEOUT, TINY, assert_same_record, noise, start
 from data.records import load_checkpoint
 from utils import keep_freed_memory
 
 
-@pytest.mark.parametrize("limit", [2**30, 2**25])
-def test_the_allocator_is_set_as_a_whole_or_not_at_all(
-    limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before 2.35 glibc refuses an mmap threshold above 32 MiB, and to set the other one freezes it at 128 KiB."""
+@pytest.mark.parametrize(("limit", "set_in_turn"), [(2**30, [-3, -1]), (2**25, [-3])])
+def test_the_allocator_is_set_as_a_whole_or_not_at_all(limit, set_in_turn, monkeypatch):
+    """glibc before 2.35 refuses an mmap threshold above 32 MiB; the other one alone freezes it."""
     calls = []
 
     class Library:
@@ -35,53 +33,32 @@ def test_the_allocator_is_set_as_a_whole_or_not_at_all(
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
     keep_freed_memory()
-    assert calls == ([-3, -1] if limit == 2**30 else [-3])
+    assert calls == set_in_turn
 
 
 @pytest.fixture
-def streamed(tmp_path: Path) -> list[str]:
+def streamed(tmp_path) -> list[str]:
     """A training whose images are read by two workers."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         for i in range(12):
             Image.fromarray(noise(80, 90, 3, seed=i)).save(tmp_path / name / f"{i}.jpg")
-    flags = [
-        "--dataset",
-        "imagenet",
-        "--data_dir",
-        tmp_path,
-        "--image_size",
-        "72",
-        "--batch_size",
-        "8",
-    ]
-    return [
-        "supernet.py",
-        *map(str, flags),
-        "--out_dir",
-        str(tmp_path),
-        "--exp_name",
-        "net",
-        "--workers",
-        "2",
-    ]
+    flags = f"--dataset imagenet --data_dir {tmp_path} --image_size 72 --batch_size 8 --workers 2"
+    return ["supernet.py", *flags.split(), "--out_dir", str(tmp_path), "--exp_name", "net"]
 
 
-def test_workers_may_be_spawned(streamed: list[str], tmp_path: Path) -> None:
-    """As on Windows and macOS; nothing starts itself again (belskikh/kekas#26)."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import multiprocessing as m; m.set_start_method('spawn')"
-    )
+def test_workers_may_be_spawned(streamed, tmp_path):
+    """As on Windows and macOS; the script does not start itself again (belskikh/kekas#26)."""
+    code = "import multiprocessing as m; m.set_start_method('spawn')"
+    (tmp_path / "sitecustomize.py").write_text(code)
     process = start(*streamed, "--epochs", "1", PYTHONPATH=str(tmp_path))
     out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (0, "")
     assert out.count("network") == out.count("epoch 1/1") == 1
 
 
-def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(
-    streamed: list[str], tmp_path: Path
-) -> None:
-    """youngwanLEE/CenterMask#58, pytorch/pytorch#22924: here while a worker waits for a file."""
+def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed, tmp_path):
+    """A worker is waiting for a file (youngwanLEE/CenterMask#58, pytorch/pytorch#22924)."""
     process, file = start(*streamed, "--epochs", "1000"), tmp_path / "train/a/1.jpg"
     while process.poll() is None and not (tmp_path / "net/last.pth").exists():
         time.sleep(0.05)
@@ -96,17 +73,14 @@ def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=TIMEOUT)[1]
     os.close(pipe)
-    assert (process.returncode, err.count("\n"), len(workers)) == (
-        130,
-        1,
-        2,
-    ) and "interrupted" in err
+    assert (process.returncode, err.count("\n"), len(workers)) == (130, 1, 2)
+    assert "interrupted" in err
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] >= 1
 
 
-def test_every_file_name_is_portable(run: Run, search: Run) -> None:
-    """isl-org/Open3D-ML#620: no time stamp with colons, nothing that differs by case alone."""
+def test_every_file_name_is_portable(run, search):
+    """No time stamp with colons, no names that differ by case alone (isl-org/Open3D-ML#620)."""
     for folder in (run.folder, search.folder):
         names = [path.name for path in folder.iterdir()]
         assert not any(set(name) & set('<>:"/\\|?* ') or name.endswith(".") for name in names)
@@ -114,7 +88,7 @@ def test_every_file_name_is_portable(run: Run, search: Run) -> None:
 
 
 def kill_until_it_ends(command: list, folder: Path) -> None:
-    """Starts a command up to 20 times and kills it within 10 seconds; what it has written must be whole each time."""
+    """Starts a command up to 20 times and kills it within 10 seconds; its files must be whole."""
     rng = random.Random(0)
     for kills in range(20):
         process = start(*command)
@@ -134,34 +108,23 @@ def kill_until_it_ends(command: list, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
+def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     flags = [*TINY, "--out_dir", str(tmp_path), "--epochs", "60", "--exp_name"]
     supernet.main([*flags, "whole"])
     kill_until_it_ends(["supernet.py", *flags, "killed", "--resume"], tmp_path / "killed")
     supernet.main([*flags, "killed", "--resume"])
     whole, again = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "killed"))
-    assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
-    assert [row | {"seconds": 0} for row in whole["metrics"]] == [
-        row | {"seconds": 0} for row in again["metrics"]
-    ]
+    torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
+    for row in whole["metrics"] + again["metrics"]:
+        row["seconds"] = 0
+    assert whole["metrics"] == again["metrics"]
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(
-    run: Run, tmp_path: Path
-) -> None:
-    whole, again = (tmp_path / name for name in ("whole", "killed"))
-    flags = [
-        "--ckpt",
-        str(run.folder),
-        "--num_paths",
-        "200",
-        "--population",
-        "20",
-        "--generations",
-        "5",
-    ]
-    flags += ["--calibration_images", "250", "--search_dir"]
+def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(run, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "killed"
+    flags = "--num_paths 200 --population 20 --generations 5 --calibration_images 250 --search_dir"
+    flags = ["--ckpt", str(run.folder), *flags.split()]
     random_search.main([*flags, str(whole)])
     kill_until_it_ends(["random_search.py", *flags, again], again)
     random_search.main([*flags, str(again)])

@@ -1,10 +1,9 @@
-"""Several ranks under torchrun, on CPUs: the same as one process, or an error that ends them all."""
+"""Several ranks under torchrun, on CPUs: the results of one process, or an error that ends all."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from on_ranks import EVALUATION_BATCH
 import data.loaders
 import random_search
 import supernet
-from conftest import ROOT, TIMEOUT, TINY, Cifar, Run, assert_same_record, noise, start
+from conftest import TIMEOUT, TINY, assert_same_record, noise, start
 from data.datasets import ImageData, Split, load_dataset
 from data.loaders import Batches
 from data.records import load_checkpoint
@@ -25,54 +24,32 @@ from model import SearchSpace, Supernet
 from utils import named_rng, read_json
 
 CPU = torch.device("cpu")
-
-
-def torchrun(*command: object, **environment: str) -> subprocess.Popen:
-    return start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, **environment
-    )
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_cifar: Cifar, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Three steps of two ranks on the tiny CIFAR-10, of which there is only the archive at first."""
+def trained(tiny_cifar, tmp_path_factory):
+    """Three steps of two ranks on the tiny CIFAR-10, which is only an archive at first."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny_cifar.install(folder, archive=True, folder=False)
-    flags = [
-        "--data_dir",
-        folder,
-        "--out_dir",
-        folder,
-        "--exp_name",
-        "two",
-        "--epochs",
-        "1",
-        "--batch_size",
-        "60",
-    ]
-    process = torchrun(
-        ROOT / "tests/on_ranks.py",
-        *flags,
-        LEFT=str(folder),
-        CIFAR10=json.dumps(tiny_cifar.attributes),
-    )
+    flags = f"--data_dir {folder} --out_dir {folder} --exp_name two --epochs 1 --batch_size 60"
+    environment = {"LEFT": str(folder), "CIFAR10": json.dumps(tiny_cifar.attributes)}
+    process = start(*TORCHRUN, "tests/on_ranks.py", *flags.split(), **environment)
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     left = [torch.load(folder / f"{rank}.pth") for rank in range(2)]
-    return SimpleNamespace(folder=folder, flags=list(map(str, flags)), out=out, left=left)
+    return SimpleNamespace(folder=folder, flags=flags.split(), out=out, left=left)
 
 
-def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(trained, cifar) -> None:
-    """pytorch/pytorch#90171, pytorch/pytorch#69031: one path a step; BatchNorm is that of each half."""
+def test_two_ranks_train_with_the_mean_of_the_halves_gradients(trained, cifar):
+    """One path a step, BatchNorm by halves (pytorch/pytorch#90171, pytorch/pytorch#69031)."""
     args, _ = supernet.parse_args(trained.flags)
     dataset = load_dataset("cifar10", args.data_dir, 32)
     model = supernet.build_model(dataset, args, None)
     begun = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer, rng, idle = (
-        supernet.build_optimizer(model, args, None),
-        named_rng(0, "train 0"),
-        dict(model.named_parameters()),
-    )
+    optimizer, rng = supernet.build_optimizer(model, args, None), named_rng(0, "train 0")
+    parameters = dict(model.named_parameters())
+    idle = set(parameters)
     for step, (x, y) in enumerate(Batches(dataset, dataset.train, 60, CPU).epoch(0, 0)):
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - step / 3)
@@ -84,35 +61,32 @@ def test_two_ranks_train_as_one_process_that_averages_the_halves_gradients(train
         for parameter, first, second in zip(model.parameters(), *gradients, strict=True):
             parameter.grad = None if first is None else (first + second) / 2
         optimizer.step()
-        on_path = [name for name, p in model.named_parameters() if p.grad is not None]
-        for name in on_path:
-            idle.pop(name, None)
+        on_path = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        idle.difference_update(on_path)
     first, second = (left["weights"] for left in trained.left)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for name, parameter in model.named_parameters():
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    for name, parameter in parameters.items():
         torch.testing.assert_close(first[name], parameter.detach(), rtol=0, atol=1e-6)
     assert idle and all(torch.equal(first[name], begun[name]) for name in idle)
     assert trained.left[0]["moved"] == trained.left[1]["moved"] == on_path
 
 
-def test_one_rank_writes_a_checkpoint_that_any_number_of_ranks_loads(trained, cifar) -> None:
-    """pytorch/tutorials#3065, microsoft/nni#2958: one log, one writer, no prefix in the weights' names."""
+def test_one_rank_writes_a_checkpoint_for_any_number_of_ranks(trained, cifar):
+    """One log, no prefix in the weights' names (pytorch/tutorials#3065, microsoft/nni#2958)."""
     assert trained.out.count("epoch 1/1") == trained.out.count("network") == 1
     assert (trained.folder / "two/log.txt").read_text().count("epoch 1/1") == 1
     path = trained.folder / "two/last.pth"
     checkpoint = load_checkpoint(path)
     assert checkpoint["model"].keys() == Supernet(10, 32).state_dict().keys()
-    assert all(
-        torch.equal(value, trained.left[0]["weights"][name])
-        for name, value in checkpoint["model"].items()
-    )
+    for name, value in checkpoint["model"].items():
+        assert torch.equal(value, trained.left[0]["weights"][name])
     checkpoint["args"]["epochs"] = 2
     torch.save(checkpoint, path)
     supernet.main([*trained.flags, "--epochs", "2", "--resume"])
     assert load_checkpoint(path)["epoch"] == 2
 
 
-def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar, monkeypatch) -> None:
+def test_two_ranks_count_the_same_accuracy_as_one_process(trained, cifar, monkeypatch):
     monkeypatch.setattr(supernet, "EVALUATION_BATCH", EVALUATION_BATCH)
     row = load_checkpoint(trained.folder / "two/last.pth")["metrics"][0]
     dataset, model = load_dataset("cifar10", str(trained.folder), 32), Supernet(10, 32)
@@ -125,95 +99,70 @@ def test_two_ranks_count_the_accuracy_that_one_process_counts(trained, cifar, mo
     assert row["val_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
-@pytest.fixture
-def batches_of(monkeypatch: pytest.MonkeyPatch):
-    """47 images in batches of 6, as rank r of n sees them."""
-    split = Split(torch.from_numpy(noise(47, 3, 8, 8)), torch.arange(47))
-    dataset = ImageData(
-        "cifar10", 8, [str(i) for i in range(47)], (0.5,) * 3, (0.2,) * 3, split, split, split
-    )
-
-    def seen(rank: int, ranks: int) -> Batches:
-        monkeypatch.setattr(data.loaders, "rank", lambda: rank)
-        monkeypatch.setattr(data.loaders, "world_size", lambda: ranks)
-        return Batches(dataset, split, 6, CPU)
-
-    return seen
+def batches_of(rank: int, ranks: int, monkeypatch) -> Batches:
+    """47 images in batches of 6, as a rank sees them."""
+    monkeypatch.setattr(data.loaders, "rank", lambda: rank)
+    monkeypatch.setattr(data.loaders, "world_size", lambda: ranks)
+    split, names = Split(torch.from_numpy(noise(47, 3, 8, 8)), torch.arange(47)), ["a"] * 47
+    dataset = ImageData("cifar10", 8, names, (0.5,) * 3, (0.2,) * 3, split, split, split)
+    return Batches(dataset, split, 6, CPU)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 11])
-def test_the_ranks_shares_of_a_validation_hold_every_image_once(batches_of, ranks: int) -> None:
-    """Augmented, too, in the same way for any number of ranks."""
-    whole, labels = list(batches_of(0, 1).augmented(3)), []
+def test_the_ranks_validate_on_every_image_once(monkeypatch, ranks):
+    """Augmented images are the same for any number of ranks."""
+    whole, labels = list(batches_of(0, 1, monkeypatch).augmented(3)), []
     for rank in range(ranks):
-        batches = batches_of(rank, ranks)
-        plain, augmented = batches.for_this_rank(), batches.augmented(3).for_this_rank()
-        for (number, (x, y)), (same_number, (augmented_x, same_y)) in zip(
-            plain, augmented, strict=True
-        ):
-            assert (
-                number == same_number
-                and torch.equal(y, same_y)
-                and torch.equal(y, whole[number][1])
-            )
-            assert torch.equal(augmented_x, whole[number][0]) and not torch.equal(augmented_x, x)
+        batches = batches_of(rank, ranks, monkeypatch)
+        pairs = zip(batches.for_this_rank(), batches.augmented(3).for_this_rank(), strict=True)
+        for (number, (plain, y)), (same_number, (augmented, same_y)) in pairs:
+            assert number == same_number and torch.equal(y, same_y)
+            torch.testing.assert_close((augmented, y), whole[number], rtol=0, atol=0)
+            assert not torch.equal(augmented, plain)
             labels += y.tolist()
     assert sorted(labels) == list(range(47))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_ranks_shares_of_an_epoch_are_disjoint_parts_of_each_batch(
-    batches_of, ranks: int
-) -> None:
-    """pytorch/pytorch#31771; the augmentation of an image does not depend on the number of ranks."""
+def test_the_ranks_share_each_batch_of_an_epoch(monkeypatch, ranks):
+    """Images are augmented as by one rank; each epoch has its own order (pytorch/pytorch#31771)."""
     orders = []
     for epoch in range(2):
-        alone, *shares = (
-            list(batches_of(*of).epoch(0, epoch, 3))
-            for of in [(0, 1), *((r, ranks) for r in range(ranks))]
-        )
-        for (x, y), *parts in zip(alone, *shares, strict=True):
-            for rank, (part_x, part_y) in enumerate(parts):
-                assert torch.equal(part_x, x[rank::ranks]) and torch.equal(part_y, y[rank::ranks])
-        orders.append([label for _, y in alone for label in y.tolist()])
-    assert orders[0] != orders[1]
+        alone = list(batches_of(0, 1, monkeypatch).epoch(0, epoch, 3))
+        for rank in range(ranks):
+            share = batches_of(rank, ranks, monkeypatch).epoch(0, epoch, 3)
+            for (x, y), part in zip(alone, share, strict=True):
+                expected = x[rank::ranks], y[rank::ranks]
+                torch.testing.assert_close(part, expected, rtol=0, atol=0)
+        orders.append(torch.cat([y for _, y in alone]))
+    assert not torch.equal(*orders)
 
 
-def test_two_ranks_search_as_one_does(search: Run, tmp_path: Path) -> None:
+def test_two_ranks_search_as_one_does(search, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [
-        *search.flags,
-        "--generations",
-        "1",
-        "--population",
-        "4",
-        "--parents",
-        "2",
-        "--search_dir",
-    ]
+    flags = [*search.flags, *"--generations 1 --population 4 --parents 2 --search_dir".split()]
     shutil.copytree(search.folder, one)
     random_search.main([*flags, str(one)])
-    process = torchrun("random_search.py", *flags, two)
+    process = start(*TORCHRUN, "random_search.py", *flags, two)
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     assert out.count("choice  ") == 1
     assert_same_record(two, one)
-    found = [read_json(folder / "search.json") for folder in (two, one)]
-    tops = [[(row["choice"], row["test_accuracy"]) for row in search["top"]] for search in found]
+    found = [read_json(folder / "search.json") for folder in (one, two)]
+    tops = [[(row["choice"], row["test_accuracy"]) for row in result["top"]] for result in found]
     assert found[0]["choice"] == found[1]["choice"] and tops[0] == tops[1]
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_in_one_line(tmp_path: Path) -> None:
-    process = torchrun("supernet.py", *TINY, "--batch_size", "33", "--out_dir", tmp_path)
+def test_a_batch_that_the_ranks_cannot_share_is_refused_in_one_line(tmp_path):
+    process = start(*TORCHRUN, "supernet.py", *TINY, "--batch_size", "33", "--out_dir", tmp_path)
     err = process.communicate(timeout=TIMEOUT)[1]
     (line,) = {line for line in err.splitlines() if line.startswith("error: ")}
-    assert (
-        process.returncode == 1 and "--batch_size 33" in line and "multiple of the 2 ranks" in line
-    )
+    assert process.returncode == 1
+    assert "--batch_size 33" in line and "multiple of the 2 ranks" in line
 
 
-def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    process = torchrun("supernet.py", *TINY, "--epochs", "1000", "--out_dir", tmp_path)
+def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path):
+    process = start(*TORCHRUN, "supernet.py", *TINY, "--epochs", "1000", "--out_dir", tmp_path)
     log = tmp_path / "spos_cifar10/log.txt"
     while process.poll() is None and not (log.exists() and "epoch" in log.read_text()):
         time.sleep(0.2)

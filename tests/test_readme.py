@@ -1,4 +1,4 @@
-"""The README's commands parse, its files exist, and its quick start runs, shortened; the layout is what it says."""
+"""The README's commands, links and results, the imports, and the scripts as users start them."""
 
 import ast
 import csv
@@ -22,39 +22,42 @@ BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 PARSERS = {"supernet.py": supernet.build_parser(), "random_search.py": random_search.build_parser()}
 
 
-def commands() -> list[list[str]]:
-    """Every python command of both pages, split as a shell would; torchrun's without its own flags."""
+def commands():
+    """Every python command of both pages, split as a shell would; torchrun's without its flags."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DETAILS, re.DOTALL))
-    inline = [text.replace("\n", " ") for text in re.findall(r"`(python [^`]*)`", README + DETAILS)]
-    lines = re.split(r"\n|&&", blocks.replace("\\\n", " ")) + inline
-    words = [
-        shlex.split(re.sub(r"^torchrun --\S+", "python", line), comments=True) for line in lines
-    ]
+    lines = re.split(r"\n|&&", blocks.replace("\\\n", " "))
+    lines += re.findall(r"`(python [^`]*)`", README + DETAILS)
+    words = [shlex.split(re.sub(r"^torchrun --\S+", "python", s), comments=True) for s in lines]
     return [w[1:] for w in words if w and Path(w[0]).name == "python"]
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in commands() if c[0] in PARSERS and "--help" not in c], ids=" ".join
-)
-def test_every_command_parses(command: list[str]) -> None:
+def python(folder, *command, **options):
+    """Runs Python in a folder."""
+    options |= {"cwd": folder, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run([sys.executable, *command], **options)
+
+
+COMMANDS = [c for c in commands() if c[0] in PARSERS and "--help" not in c]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_parses(command):
     PARSERS[command[0]].parse_args(command[1:])
 
 
-def test_the_readme_has_the_commands_that_it_promises() -> None:
+def test_the_commands_are_found():
     found = [" ".join(command) for command in commands()]
-    for command in ("supernet.py --exp_name spos_cifar", "random_search.py --ckpt"):
-        assert command in found
+    assert {"supernet.py --exp_name spos_cifar", "random_search.py --ckpt"} <= set(found)
     assert sum(command[0] in PARSERS for command in commands()) >= 9
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
-    (command,) = re.findall(
-        r"^python3 -m venv .*\n.*-m pytest -n 2 --dist loadfile$", BASH, re.MULTILINE
-    )
+def test_ci_runs_the_readmes_test_command():
+    pattern = r"^python3 -m venv .*\n.*-m pytest -n 2 --dist loadfile$"
+    (command,) = re.findall(pattern, BASH, re.MULTILINE)
     assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_leads_somewhere():
     shown = set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -63,19 +66,15 @@ def test_every_link_leads_somewhere() -> None:
             file, _, anchor = link.partition("#")
             target = (page.parent / file).resolve() if file else page
             assert target.exists(), link
-            titles = (
-                re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
-                if anchor
-                else []
-            )
-            assert not anchor or anchor in [
-                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
-            ]
             shown.add(target)
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+                words = [re.sub(r"[^\w -]", "", title.lower()) for title in titles]
+                assert anchor in [title.replace(" ", "-") for title in words]
     assert set((ROOT / "img").glob("*.png")) <= shown
 
 
-def test_the_results_are_those_of_the_table_behind_the_pictures() -> None:
+def test_the_results_agree_with_the_table_behind_the_pictures():
     with open(ROOT / "img" / "paths.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     drawn = [row for row in rows if row["generation"] == "0"]
@@ -83,16 +82,14 @@ def test_the_results_are_those_of_the_table_behind_the_pictures() -> None:
     numbers = [f"{len(drawn):,} random", f"{median(float(row['accuracy']) for row in drawn):.2f}%"]
     for part in (drawn, children):
         best = max(part, key=lambda row: (float(row["accuracy"]), -float(row["loss"])))
-        cost = f"{float(best['flops_m']):.1f}M, {float(best['params_m']):.2f}M"
-        accuracy = float(best["accuracy"])
-        numbers.append(
-            f"{accuracy:.2f}% ±{(accuracy * (100 - accuracy) / 5000) ** 0.5:.2f} | {cost}"
-        )
+        accuracy, flops, params = (float(best[k]) for k in ("accuracy", "flops_m", "params_m"))
+        error = (accuracy * (100 - accuracy) / 5000) ** 0.5
+        numbers.append(f"{accuracy:.2f}% ±{error:.2f} | {flops:.1f}M, {params:.2f}M")
     table = README.split("## Quick start")[0]
     assert [number for number in numbers if number not in table] == []
 
 
-def test_every_flag_has_a_help_text_with_its_default() -> None:
+def test_every_flag_has_a_help_text_with_its_default():
     for parser in PARSERS.values():
         text = " ".join(parser.format_help().split())
         for action in parser._actions:
@@ -100,95 +97,63 @@ def test_every_flag_has_a_help_text_with_its_default() -> None:
             assert action.help and action.help + shown in text
 
 
-def test_the_quick_start_runs(tmp_path: Path) -> None:
-    """Its two python commands as they stand, but with one epoch of 8-pixel images and 6 paths."""
+def test_the_quick_start_runs(tmp_path):
+    """With one epoch of 8-pixel images and 6 paths."""
     quick = BASH.split("-m pytest")[0].split("python3 -m venv")[1]
     train, search = (re.search(rf"{name} .*", quick)[0].removesuffix(" &&") for name in PARSERS)
     assert "--num_paths 100" in search and "--dataset digits" in train
-    short = [f"{train} --epochs 1 --image_size 8", search.replace("100", "6")]
-    for command in short:
+    for command in (f"{train} --epochs 1 --image_size 8", search.replace("100", "6")):
         script, *flags = shlex.split(command)
-        result = subprocess.run(
-            [sys.executable, str(ROOT / script), *flags],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert (result.returncode, result.stderr) == (0, ""), result.stderr
-    assert (tmp_path / "runs/digits/search/histogram.png").stat().st_size > 1000
-    assert (
-        len(
-            json.loads((tmp_path / "runs/digits/search/search.json").read_text())["choice"].split(
-                "-"
-            )
-        )
-        == 20
-    )
+        result = python(tmp_path, ROOT / script, *flags)
+        assert (result.returncode, result.stderr) == (0, "")
+    folder = tmp_path / "runs/digits/search"
+    assert (folder / "histogram.png").stat().st_size > 1000
+    assert len(json.loads((folder / "search.json").read_text())["choice"].split("-")) == 20
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of this repository that a file imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    ]
+def imports(path):
+    """The modules of this repository, and matplotlib, that a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
     ours = {"blocks", "model", "utils", "supernet", "random_search", "data", "img", "matplotlib"}
     return {name.split(".")[0] for name in names} & ours
 
 
-@pytest.mark.parametrize(
-    ("file", "allowed"),
-    [
-        ("blocks.py", set()),
-        ("utils.py", set()),
-        ("model.py", {"blocks"}),
-        ("supernet.py", {"blocks", "data", "img", "model", "utils"}),
-        ("random_search.py", {"blocks", "data", "img", "model", "utils"}),
-        ("data/datasets.py", {"data", "utils"}),
-        ("data/augment.py", set()),
-        ("data/images.py", {"utils"}),
-        ("data/loaders.py", {"data", "utils"}),
-        ("data/records.py", {"utils"}),
-        ("img/plots.py", {"blocks", "data", "matplotlib", "model", "utils"}),
-    ],
-)
-def test_data_flows_one_way(file: str, allowed: set[str]) -> None:
-    assert imports(ROOT / file) <= allowed
+LAYERS = {
+    "blocks.py utils.py data/augment.py": "",
+    "model.py": "blocks",
+    "data/images.py data/records.py": "utils",
+    "data/datasets.py data/loaders.py": "data utils",
+    "supernet.py random_search.py": "blocks data img model utils",
+    "img/plots.py": "blocks data matplotlib model utils",
+}
 
 
-def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:
-    """pytorch/pytorch#5858: no parsing, printing or files, whatever the program's own arguments are."""
+@pytest.mark.parametrize(("files", "allowed"), LAYERS.items(), ids=LAYERS)
+def test_imports_go_one_way(files, allowed):
+    for file in files.split():
+        assert imports(ROOT / file) <= set(allowed.split()), file
+
+
+def test_importing_the_scripts_does_nothing(tmp_path):
+    """Whatever the program's own arguments are (pytorch/pytorch#5858)."""
     code = "import sys; sys.argv = ['x', '--foreign']; import supernet, random_search"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = python(tmp_path, "-c", code, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    """The whole way to the shell, for both scripts."""
-    for command in (
-        ["supernet.py", "--choice", "1-2", "--dataset", "digits"],
-        ["random_search.py", "--ckpt", "no/last.pth"],
-    ):
-        result = subprocess.run(
-            [sys.executable, str(ROOT / command[0]), *command[1:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 1 and result.stdout == ""
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+WRONG = ["supernet.py --choice 1-2 --dataset digits", "random_search.py --ckpt no/last.pth"]
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path, command):
+    script, *flags = command.split()
+    result = python(tmp_path, ROOT / script, *flags)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
