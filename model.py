@@ -12,6 +12,7 @@ import random
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -24,25 +25,61 @@ from blocks import CANDIDATES, BatchNorm, pointwise
 
 Choice = tuple[int, ...]  # the number of one candidate for every layer
 
-STEM_CHANNELS, LAST_CHANNELS = 16, 1024
-CHANNELS = [64] * 4 + [160] * 4 + [320] * 8 + [640] * 4
+
+@dataclass(frozen=True)
+class Space:
+    """A search space as plain data.
+
+    stem, layers: channels and stride of the stem and of each layer. last: channels of the last
+    convolution. candidates: names in CANDIDATES; a choice numbers them 0, 1, 2, ... in this order.
+    """
+
+    stem: list[int]
+    layers: list[list[int]]
+    last: int
+    candidates: list[str]
+
+
+def stages(*stages: tuple[int, int, int]) -> list[list[int]]:
+    """Layers from (count, channels, stride of the first one); the others have stride 1."""
+    return [[c, stride if i == 0 else 1] for count, c, stride in stages for i in range(count)]
+
+
+SHUFFLE = ["shuffle3", "shuffle5", "shuffle7", "xception"]
+SPACES = {
+    # Guo et al., table 1, for ImageNet, and with fewer strides for images of up to 64 px.
+    "spos_large": Space(
+        [16, 2], stages((4, 64, 2), (4, 160, 2), (8, 320, 2), (4, 640, 2)), 1024, SHUFFLE
+    ),
+    "spos_small": Space(
+        [16, 1], stages((4, 64, 1), (4, 160, 2), (8, 320, 2), (4, 640, 1)), 1024, SHUFFLE
+    ),
+    # Su et al., arXiv 2103.11922, which trained all 6,561 networks of it (xiusu/NAS-Bench-Macro).
+    "nasbench_macro": Space(
+        [32, 1],
+        stages((2, 64, 2), (3, 128, 2), (3, 256, 2)),
+        1280,
+        ["identity", "mb3_k3", "mb6_k5"],
+    ),
+}
 INITS = "identity", "official"
 NOISE = 0.1  # of the weights near the identity; see Supernet.initialise
 
 
-def default_init(image_size: int) -> str:
-    """The default for an image size: weights near the identity were tried up to 64 px only."""
-    return "identity" if image_size <= 64 else "official"
+def defaults(image_size: int) -> dict[str, str]:
+    """Space and initial weights for an image size; "identity" was tried up to 64 px only."""
+    if image_size <= 64:
+        return {"space": "spos_small", "init": "identity"}
+    return {"space": "spos_large", "init": "official"}
 
 
 class Supernet(nn.Module):
     """All architectures in one set of weights, or, with `choice`, one network of them.
 
-    image_size: side of the square images in pixels. Up to 64 the stem keeps the size and two layers
-    halve the map; above 64 the stem and four layers do. affine: whether BatchNorm has scale and
-    shift (not in the paper's supernet, but in its stand-alone networks). init: one of INITS, see
-    `initialise`; None: the default of the image size. Raises ValueError if `choice` is not one
-    candidate for each layer.
+    image_size: side of the square images in pixels. affine: whether BatchNorm has scale and shift
+    (not in the paper's supernet, but in its stand-alone networks). init: one of INITS, see
+    `initialise`. space, init: None is the default of the image size. Raises ValueError if `choice`
+    is not one candidate for each layer.
     """
 
     def __init__(
@@ -52,30 +89,31 @@ class Supernet(nn.Module):
         affine: bool = False,
         choice: Sequence[int] | None = None,
         init: str | None = None,
+        space: Space | None = None,
     ):
         super().__init__()
-        self.image_size, self.names = image_size, list(CANDIDATES)
-        stem_stride, halving = (1, (4, 8)) if image_size <= 64 else (2, (0, 4, 8, 16))
-        conv = nn.Conv2d(3, STEM_CHANNELS, 3, stem_stride, padding=1, bias=False)
-        norm = BatchNorm(STEM_CHANNELS, affine=affine)
+        space = space or SPACES[defaults(image_size)["space"]]
+        self.image_size, self.names = image_size, list(space.candidates)
+        in_channels, stride = space.stem
+        conv = nn.Conv2d(3, in_channels, 3, stride, padding=1, bias=False)
+        norm = BatchNorm(in_channels, affine=affine)
         self.stem = nn.Sequential(conv, norm, nn.ReLU(inplace=True))
         self.layers = nn.ModuleList()
-        in_channels = STEM_CHANNELS
-        for i, out_channels in enumerate(CHANNELS):
-            layer, stride = nn.ModuleDict(), 2 if i in halving else 1
-            for number, (name, make) in enumerate(CANDIDATES.items()):
+        for i, (out_channels, stride) in enumerate(space.layers):
+            layer = nn.ModuleDict()
+            for number, name in enumerate(space.candidates):
                 if choice is None or tuple(choice[i : i + 1]) == (number,):
-                    block = make(in_channels, out_channels, stride, affine)
+                    block = CANDIDATES[name](in_channels, out_channels, stride, affine)
                     if block is not None:
                         layer[name] = block
             self.layers.append(layer)
             in_channels = out_channels
-        self.last = nn.Sequential(*pointwise(in_channels, LAST_CHANNELS, affine))
-        self.head = Head(num_classes)
+        self.last = nn.Sequential(*pointwise(in_channels, space.last, affine))
+        self.head = Head(space.last, num_classes)
         self.options = [[self.names.index(name) for name in layer] for layer in self.layers]
         if choice is not None:
             self.check(choice)
-        self.initialise(init or default_init(image_size))
+        self.initialise(init or defaults(image_size)["init"])
 
     def initialise(self, init: str) -> None:
         """Draws new weights: "identity" or "official".
@@ -146,9 +184,9 @@ class Supernet(nn.Module):
 class Head(nn.Module):
     """Global average pooling and the classifier, in fp32: (N, C, H, W) -> (N, classes)."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.classifier = nn.Linear(LAST_CHANNELS, num_classes, bias=False)
+        self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

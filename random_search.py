@@ -12,7 +12,7 @@ import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import utils
-from blocks import CANDIDATES, capture_blocks
+from blocks import capture_blocks
 from data import records
 from data.datasets import ImageData, load_dataset
 from data.loaders import Batches
 from data.records import BASELINE, Scored, best_first, evolution_rows
 from img.plots import plot_search
-from model import Choice, SearchSpace, Supernet, path_tree
+from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree
 from utils import UserError, log, number
 
 CALIBRATION_BATCH = 250  # fixed: the mean over batches of their variances depends on it
@@ -34,7 +34,7 @@ GROUP = 50  # at most so many paths are scored and recorded together
 SEARCH_FILES = ["args.json", "log.txt", "paths.csv", "search.json", "standalone.png"]
 SEARCH_FILES += ["histogram.png", "pareto.png", "choices.png", "evolution.png"]
 # Recorded settings: those that the scores depend on, those that children depend on, the rest.
-SCORED_BY = ["checkpoint", "candidates", "split", "seed", "precision", "calibration_images"]
+SCORED_BY = ["checkpoint", "space", "split", "seed", "precision", "calibration_images"]
 SCORED_BY += ["min_flops", "max_flops"]
 BRED_BY = ["population", "parents", "mutation_prob", "rank_by"]
 MAY_GROW = ["num_paths", "generations"]
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.overwrite and utils.on_rank_zero(record.exists):
             rows = utils.on_rank_zero(lambda: records.read_rows(record))
             before = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
-        now = {"ckpt": str(path), "checkpoint": supernet["sha256"], "candidates": list(CANDIDATES)}
+        now = {"checkpoint": supernet["sha256"]}
+        now |= {name: trained[name] for name in ("space", "space_layout")}
         parser.set_defaults(data_dir=trained["data_dir"])
         args = parser.parse_args(argv, Namespace(**before | now))
         device = utils.pick_device(args.device)
@@ -101,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
         if args.generations and not args.parents <= args.population <= args.num_paths:
             parser.error("evolution needs --parents <= --population <= --num_paths")
-        advice = "restore CANDIDATES in blocks.py"
-        utils.check_unchanged(trained, vars(args), ["candidates"], str(path), advice)
+        current = {"space_layout": asdict(SPACES[args.space]) if args.space in SPACES else None}
+        advice = "restore that space in model.py"
+        utils.check_unchanged(trained, current, ["space_layout"], str(path), advice)
         names = SCORED_BY + (BRED_BY if any(row.generation > 0 for row in rows) else [])
         advice = "take another --search_dir, or --overwrite to delete the search"
         if before:
@@ -111,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The network and the images.
         limits = [limit and round(limit * 1e6) for limit in (args.min_flops, args.max_flops)]
         try:
-            model = Supernet(len(data["classes"]), data["image_size"])
+            space = Space(**args.space_layout)
+            model = Supernet(len(data["classes"]), data["image_size"], space=space)
             model.load_state_dict(supernet["model"])
             space = SearchSpace(model, *limits)
         except (RuntimeError, ValueError) as error:
@@ -129,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if utils.rank() == 0:
             for name in () if before else SEARCH_FILES:
                 (folder / name).unlink(missing_ok=True)
-            settings = {name: getattr(args, name) for name in SCORED_BY + BRED_BY + MAY_GROW}
-            utils.write_json(folder / "args.json", settings)
+            names = SCORED_BY + BRED_BY + MAY_GROW + ["space_layout"]
+            utils.write_json(folder / "args.json", {name: getattr(args, name) for name in names})
         utils.open_log(folder / "log.txt")
         epochs = f"{supernet['epoch']} of {trained['epochs']} epochs"
         log.info(f"supernet     {path}, {epochs} on {data['name']}")
@@ -150,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         search(scorer, space, args, record, rows)
         if utils.rank() == 0:
-            report(folder, data, args, rows, len(scored.labels), Scorer(model, calibration, test))
+            tester = Scorer(model, calibration, test)
+            report(folder, supernet, args, rows, len(scored.labels), tester)
 
 
 def calibration_batches(
@@ -350,21 +354,22 @@ def crossover(first: Choice, second: Choice, rng: random.Random) -> Choice:
 
 
 def report(
-    folder: Path, data: dict, args: Namespace, rows: list[Scored], images: int, test: Scorer
+    folder: Path, supernet: dict, args: Namespace, rows: list[Scored], images: int, test: Scorer
 ) -> None:
     """Writes the choice, tests the top k, draws the pictures and prints a summary."""
     rows = [row for row in rows if row.generation <= args.generations]  # the record may hold more
     rows = [row for row in rows if row.generation or row.index < args.num_paths]
     order, singles = best_first(rows, args.rank_by), [r for r in rows if r.generation == BASELINE]
     if not any(row.generation == 0 for row in order):
-        raise UserError(f"no random path has a finite loss: the weights in {args.ckpt} are broken")
-    best, numbers = order[0], records.statistics(rows, images)
+        raise UserError(f"no random path has a finite loss: {supernet['path']} is broken")
+    best, numbers, data = order[0], records.statistics(rows, images), supernet["data"]
     error = records.standard_error(best.accuracy, images)
-    numbers["baselines"] = {args.candidates[row.choice[0]]: row.accuracy for row in singles}
+    names = args.space_layout["candidates"]
+    numbers["baselines"] = {names[row.choice[0]]: row.accuracy for row in singles}
     found = best.as_json() | {"standard_error": error, "statistics": numbers, "args": vars(args)}
     found |= {"dataset": data["name"], "image_size": data["image_size"], "data_dir": args.data_dir}
-    found |= {"candidates": args.candidates, "split": args.split}
-    found["checkpoint"] = {"path": args.ckpt, "sha256": args.checkpoint}
+    found |= {"space": args.space, "space_layout": args.space_layout, "split": args.split}
+    found["checkpoint"] = {name: supernet[name] for name in ("path", "sha256")}
     own = evolution_rows(best_first(rows, "accuracy"), args.population) if args.generations else []
     if own:
         found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own)}
@@ -377,7 +382,7 @@ def report(
         found["top"] = [row.as_json() | {"test_accuracy": tested[row.choice]} for row in top]
         utils.write_json(folder / "search.json", found)
     (folder / "evolution.png").unlink(missing_ok=True)  # drawn again if there are generations
-    plot_search(rows, folder, args.split, args.rank_by)
+    plot_search(rows, folder, args.split, args.rank_by, names)
 
     def text(name: str) -> str:
         return "not defined" if numbers[name] is None else f"{numbers[name]:.2f}"
@@ -402,7 +407,7 @@ def report(
         accuracies = ", ".join(f"{tested[row.choice]:.2f}%" for row in top)
         log.info(f"test images  top {len(top)}, supernet weights: {accuracies}")
     suffix = "" if folder.name == "search" else f"_{folder.name}"  # another search of the supernet
-    name = f"--exp_name={Path(args.ckpt).resolve().parent.name}{suffix}_best"
+    name = f"--exp_name={Path(supernet['path']).resolve().parent.name}{suffix}_best"
     command = ["python", "supernet.py", "--choice", str(folder / "search.json"), name]
     log.info(f"next: {shlex.join(command)}")
 

@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from blocks import CANDIDATES, capture_blocks, release_blocks
+from blocks import capture_blocks, release_blocks
 from data import records
 from data.datasets import IMAGE_SIZES, ImageData, load_dataset
 from data.loaders import Batches
 from img.plots import plot_training
-from model import INITS, Choice, Classifier, SearchSpace, Supernet, default_init
+from model import INITS, SPACES, Choice, Classifier, SearchSpace, Space, Supernet, defaults
 from utils import UserError, log, number
 
 # CIFAR-10's recipe is that of ShunLu91/Single-Path-One-Shot-NAS at 6940c9b, as it was meant, with a
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", choices=list(IMAGE_SIZES), help="data set; digits needs no download")
     add("--data_dir", type=utils.absolute_path, help="where the data set is, or is downloaded to")
     add("--image_size", type=number(int, 8), help="pixels; above 64 selects the ImageNet network")
+    add("--space", choices=list(SPACES), help="search space, see SPACES in model.py")
     add("--epochs", type=number(int, 1), help="training epochs")
     add("--batch_size", type=number(int, 1), help="images per step, over all GPUs")
     add("--learning_rate", type=number(float, 0), help="initial learning rate")
@@ -81,14 +83,15 @@ def recipe(given: dict) -> dict:
     """The defaults for a data set, an image size, and a supernet or a single architecture."""
     dataset, stand_alone = given["dataset"], "choice" in given
     size = given.get("image_size", IMAGE_SIZES[dataset])
-    init = None if "init_from" in given else default_init(size)
-    values = RECIPES[dataset] | {"image_size": size, "init": init}
+    values = RECIPES[dataset] | {"image_size": size} | defaults(size)
     if dataset in ("cifar10", "folder"):
-        if given.get("init", default_init(size)) == "official":
+        if given.get("init", values["init"]) == "official":
             values["learning_rate"] = 0.025
         values["cutout"] = size // 2 if stand_alone else 0
     if dataset == "imagenet" and stand_alone:
         values["epochs"] = 240
+    if "init_from" in given:
+        values["init"] = None
     return values
 
 
@@ -100,28 +103,32 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     given, _ = parser.parse_known_args(argv)
-    defaults, found = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}, {}
+    before, found = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}, {}
     if os.path.isfile(given.choice or ""):
         found = utils.read_json(Path(given.choice))
         try:
             argv += ["--choice", found["choice"]]  # the file stands for the choice in it
-            defaults = {name: found[name] for name in ("dataset", "data_dir", "image_size")}
-            defaults["supernet_accuracy"] = found["accuracy"]
+            names = "dataset", "data_dir", "image_size", "space"
+            before = {name: found[name] for name in names}
+            before["supernet_accuracy"] = found["accuracy"]
         except KeyError as error:
             raise UserError(f"{given.choice} is no search.json: it lacks {error}") from None
     asked = {name: value for name, value in vars(given).items() if value is not None}
-    parser.set_defaults(**defaults | recipe(defaults | asked), candidates=list(CANDIDATES))
+    parser.set_defaults(**recipe(before | asked) | before)
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
 
     last, checkpoint, recorded = Path(given.out_dir, given.exp_name, "last.pth"), None, {}
     if given.resume and last.exists():
         checkpoint = records.load_checkpoint(last)
         recorded = {n: v for n, v in checkpoint["args"].items() if n not in COMMAND}
-    args = parser.parse_args(argv, Namespace(**recorded | {"candidates": list(CANDIDATES)}))
+    args = parser.parse_args(argv, Namespace(**recorded))
+    if args.space not in SPACES:
+        raise UserError(f"{last} has the space {args.space}, which is not in SPACES")
+    args.space_layout = asdict(SPACES[args.space])
     advice = "a run keeps its settings: drop the flag, or take another --exp_name"
     utils.check_unchanged(recorded, vars(args), recorded.keys() - CHANGEABLE, str(last), advice)
     if found:
-        check_candidates(found, args, given.choice)
+        check_space(found, args, given.choice)
     if args.choice is None and (args.init_from or args.train_on == "all"):
         parser.error("--init_from and --train_on all need --choice")
     if args.dataset == "cifar10" and args.image_size != 32:
@@ -131,10 +138,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     return args, checkpoint
 
 
-def check_candidates(recorded: dict, args: Namespace, what: str) -> None:
-    """Raises UserError if the numbers of a choice meant other blocks when `what` was written."""
-    advice = "restore CANDIDATES in blocks.py"
-    utils.check_unchanged(recorded, vars(args), ["candidates"], what, advice)
+def check_space(recorded: dict, args: Namespace, what: str) -> None:
+    """Raises UserError if `what` has another search space, or the same one with other blocks."""
+    advice = "take that space, or restore it in model.py"
+    utils.check_unchanged(recorded, vars(args), ["space", "space_layout"], what, advice)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info(f"data      {note}")
         kind = "supernet" if args.choice is None else f"architecture {args.choice}"
         count, weights = sum(p.numel() for p in model.parameters()), args.init or args.init_from
-        log.info(f"network   {kind}, {count:,} parameters, initial weights: {weights}")
+        log.info(
+            f"network   {args.space}, {kind}, {count:,} parameters, initial weights: {weights}"
+        )
         if utils.rank() == 0:
             utils.write_json(folder / "args.json", vars(args) | about)
 
@@ -313,7 +322,8 @@ def new_network(classes: int, args: Namespace) -> Supernet:
     """A network with initial weights; raises UserError if --choice is none of the space."""
     try:
         choice = None if args.choice is None else records.parse_choice(args.choice)
-        return Supernet(classes, args.image_size, choice is not None, choice, args.init)
+        space = Space(**args.space_layout)
+        return Supernet(classes, args.image_size, choice is not None, choice, args.init, space)
     except ValueError as error:
         raise UserError(f"--choice {args.choice}: {error}") from None
 
@@ -329,7 +339,7 @@ def build_model(dataset: ImageData, args: Namespace, checkpoint: dict | None) ->
         model.load_state_dict(checkpoint["model"])
     elif args.init_from:
         supernet = records.load_checkpoint(Path(args.init_from))
-        check_candidates(supernet["args"], args, args.init_from)
+        check_space(supernet["args"], args, args.init_from)
         try:
             model.load_path(supernet["model"])
         except (RuntimeError, ValueError) as error:

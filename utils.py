@@ -102,7 +102,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 def check_unchanged(before: dict, now: dict, names: Iterable[str], what: str, advice: str) -> None:
     """Raises UserError if a setting differs from the recorded one, with both values."""
-    for name in names:
+    for name in sorted(names):
         if before.get(name) != now.get(name):
             values = f"{name} {before.get(name)}, this command {now.get(name)}"
             raise UserError(f"{what} has {values}; {advice}")

@@ -114,7 +114,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, on the CPU, with the SHA-256 of its file; runs no code from the file.
+    """A checkpoint, on the CPU, with path and SHA-256 of its file; runs no code from the file.
 
     Raises UserError for any other file.
     """
@@ -126,7 +126,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # torch.load raises almost anything on a file of another kind
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
         raise UserError(f"{path} is damaged or no checkpoint of supernet.py ({reason})") from None
-    return content | {"sha256": hashlib.sha256(file).hexdigest()}
+    return content | {"path": str(path), "sha256": hashlib.sha256(file).hexdigest()}
 
 
 # Rankings
@@ -197,9 +197,15 @@ def reliability(rows: Sequence[Scored], by: str) -> tuple[float | None, float | 
     return float(trust), float(whole.std(ddof=1) * math.sqrt(1 - trust))
 
 
-def kendall(first: np.ndarray, second: np.ndarray) -> float:
-    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one is constant."""
+def kendall(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one is constant.
+
+    groups: only pairs within the same group count.
+    """
     a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
+    if groups is not None:
+        a = a * np.equal.outer(groups, groups)
+        b = b * np.equal.outer(groups, groups)
     with np.errstate(invalid="ignore"):
         return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 

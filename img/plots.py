@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blocks import CANDIDATES
 from data import records
 from data.records import BASELINE, Scored, best_first, evolution_rows
+from model import SPACES
 from utils import UserError, atomic_write, log, open_log, read_json, run_script
 
 MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
@@ -61,12 +61,14 @@ def random_draws(rows: Sequence[Scored]) -> list[Scored]:
     return [row for row in rows if row.generation == 0 and math.isfinite(row.loss)]
 
 
-def plot_baselines(axis: Axes, rows: Sequence[Scored], y: str | float, label: str) -> None:
+def plot_baselines(
+    axis: Axes, rows: Sequence[Scored], y: str | float, label: str, names: Sequence[str]
+) -> None:
     """Hollow markers of the single-block networks, at the column `y` or at a fixed height."""
     baselines = [row for row in rows if row.generation == BASELINE]
     for row, marker in zip(baselines, MARKERS, strict=False):
         at = (row.flops_m, getattr(row, y)) if isinstance(y, str) else (row.accuracy, y)
-        text = label.format(name=list(CANDIDATES)[row.choice[0]], accuracy=row.accuracy)
+        text = label.format(name=names[row.choice[0]], accuracy=row.accuracy)
         axis.plot(*at, marker, color=GREEN, fillstyle="none", clip_on=False, label=f"all {text}")
 
 
@@ -93,7 +95,7 @@ def plot_training(rows: Sequence[dict], path: Path, validated_on: str) -> None:
     save(figure, path)
 
 
-def plot_histogram(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
+def plot_histogram(rows: Sequence[Scored], path: Path, split: str, names: Sequence[str]) -> None:
     """Distribution of the random paths' accuracies, beside the noise within the ranking."""
     drawn = random_draws(rows)
     accuracies = values(drawn, "accuracy")
@@ -105,7 +107,7 @@ def plot_histogram(rows: Sequence[Scored], path: Path, split: str = "search") ->
     top = counts.max()
     axis.axvline(median, color="black", linestyle="--", label=f"median {median:.2f}%")
     axis.axvline(best, color=ORANGE, label=f"best {best:.2f}%")
-    plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%")
+    plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%", names)
     _, noise = records.reliability(drawn, "accuracy")
     bars = [("spread", accuracies.std(ddof=1) if len(drawn) > 1 else 0, BLUE)]
     bars += [("of which noise of the images", noise, GREY)] if noise is not None else []
@@ -118,7 +120,9 @@ def plot_histogram(rows: Sequence[Scored], path: Path, split: str = "search") ->
     save(figure, path)
 
 
-def plot_pareto(rows: Sequence[Scored], path: Path, split: str, by: str) -> None:
+def plot_pareto(
+    rows: Sequence[Scored], path: Path, split: str, by: str, names: Sequence[str]
+) -> None:
     """Accuracy against FLOPs, the front of paths that no cheaper one beats, and the choice."""
     drawn = random_draws(rows)
     children = [row for row in rows if row.generation > 0 and math.isfinite(row.loss)]
@@ -133,7 +137,7 @@ def plot_pareto(rows: Sequence[Scored], path: Path, split: str, by: str) -> None
             axis.plot(*points, ".", color=colour, alpha=0.5, label=label)
     corners = values(front, "flops_m"), values(front, "accuracy")
     axis.step(*corners, where="post", color=ORANGE, marker="o", label="front")
-    plot_baselines(axis, rows, "accuracy", "{name}")
+    plot_baselines(axis, rows, "accuracy", "{name}", names)
     best = best_first(rows, by)[0]
     style = {"color": "black", "markersize": 12, "label": f"choice, the best by {by}"}
     axis.plot(best.flops_m, best.accuracy, "*", **style)
@@ -142,11 +146,11 @@ def plot_pareto(rows: Sequence[Scored], path: Path, split: str, by: str) -> None
     save(figure, path)
 
 
-def plot_choices(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
+def plot_choices(rows: Sequence[Scored], path: Path, split: str, names: Sequence[str]) -> None:
     """For every layer and block, the mean accuracy of the random paths that have it."""
     drawn = random_draws(rows)
     accuracies, choices = values(drawn, "accuracy"), values(drawn, "choice")
-    means = np.full((len(CANDIDATES), choices.shape[1]), np.nan)
+    means = np.full((len(names), choices.shape[1]), np.nan)
     for block, layer in np.ndindex(means.shape):
         if (chosen := choices[:, layer] == block).any():
             means[block, layer] = accuracies[chosen].mean() - accuracies.mean()
@@ -155,7 +159,7 @@ def plot_choices(rows: Sequence[Scored], path: Path, split: str = "search") -> N
     image = axis.imshow(means, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
     axis.set_facecolor("#CCCCCC")
     unseen = "; grey: on none of the paths" if np.isnan(means).any() else ""
-    axis.set(xlabel=f"layer{unseen}", yticks=range(len(CANDIDATES)), yticklabels=list(CANDIDATES))
+    axis.set(xlabel=f"layer{unseen}", yticks=range(len(names)), yticklabels=names)
     axis.set_xticks(range(choices.shape[1]))
     title = f"mean accuracy of the paths with a block, less that of all ({split} split)"
     axis.set_title(title, loc="left", fontsize=10)
@@ -187,11 +191,13 @@ def plot_evolution(rows: Sequence[Scored], path: Path, split: str = "search") ->
     save(figure, path)
 
 
-def plot_search(rows: Sequence[Scored], folder: Path, split: str, by: str) -> None:
-    """All pictures of a search on a split, ranked by "loss" or "accuracy"."""
-    plot_histogram(rows, folder / "histogram.png", split)
-    plot_pareto(rows, folder / "pareto.png", split, by)
-    plot_choices(rows, folder / "choices.png", split)
+def plot_search(
+    rows: Sequence[Scored], folder: Path, split: str, by: str, names: Sequence[str]
+) -> None:
+    """All pictures of a search on a split, ranked by "loss" or "accuracy"; names: candidates."""
+    plot_histogram(rows, folder / "histogram.png", split, names)
+    plot_pareto(rows, folder / "pareto.png", split, by, names)
+    plot_choices(rows, folder / "choices.png", split, names)
     if any(row.generation > 0 for row in rows):
         plot_evolution(rows, folder / "evolution.png", split)
 
@@ -235,9 +241,57 @@ def plot_standalone(
     return lines
 
 
+def plot_truth(
+    rows: Sequence[Scored], truth: dict[str, dict], path: Path, by: str, settings: dict
+) -> list[str]:
+    """Scores against the known accuracy of every network; returns lines to print.
+
+    truth: entries with "mean_acc" (percent) and "flops" (multiply-adds) by choice, as "02012100",
+    like those of NAS-Bench-Macro; equal entries are one network. settings: of the search.
+    """
+    names = settings.get("space_layout", {}).get("candidates", [])
+    skip = names.index("identity") if "identity" in names else -1
+    drawn = random_draws(rows)
+
+    def entry(row: Scored) -> dict:
+        try:
+            return truth["".join(map(str, row.choice))]
+        except KeyError:
+            raise UserError(f"the truth lacks the choice {row.as_json()['choice']}") from None
+
+    true = np.array([entry(row)["mean_acc"] for row in drawn])
+    skips = np.array([row.choice.count(skip) for row in drawn])
+    scores = {"loss": -values(drawn, "loss"), "accuracy": values(drawn, "accuracy")}
+    scores |= {"multiply-adds": values(drawn, "flops_m"), "fewest identities": -skips}
+    lines = []
+    for name, column in scores.items():
+        low, high = records.kendall_interval(column, true, draws=200)
+        text = f"{records.kendall(column, true):.3f} ({low:.3f} to {high:.3f})"
+        equal = records.kendall(column, true, skips)
+        lines.append(f"tau by {name}: {text}, equally many identities {equal:.3f}")
+    low, high = (settings.get(name) for name in ("min_flops", "max_flops"))
+    networks = list({str(entry): entry for entry in truth.values()}.values())
+    within = [n for n in networks if (low or 0) <= n["flops"] / 1e6 <= (high or math.inf)]
+    order = best_first(rows, by)
+    best, top = entry(order[0])["mean_acc"], [entry(row)["mean_acc"] for row in order[:10]]
+    for kind, part in (("all", networks), ("those within the limits", within)):
+        rank = 1 + sum(network["mean_acc"] > best for network in part)
+        lines.append(f"choice: {best:.2f}%, rank {rank} of {len(part):,}, {kind}")
+    lines.append(f"ten best: mean {np.mean(top):.2f}%")
+    figure, axis = new_figure()
+    dots = axis.scatter(-scores[by] if by == "loss" else scores[by], true, 8, skips, cmap="viridis")
+    figure.colorbar(dots, label="identities")
+    score = order[0].loss if by == "loss" else order[0].accuracy
+    axis.plot(score, best, "*", color=ORANGE, markersize=14, label="choice")
+    axis.set(xlabel=f"{by} with the supernet's weights", ylabel="accuracy trained alone (%)")
+    axis.legend(frameon=False)
+    save(figure, path)
+    return lines
+
+
 def plot_single_path(path: Path) -> None:
     """Three steps of single-path training: each trains one candidate in every layer."""
-    rng, names = random.Random(4), list(CANDIDATES)
+    rng, names = random.Random(4), SPACES["spos_small"].candidates
     layers, blocks = range(1, 9), range(len(names))
     middle = (len(names) - 1) / 2
     figure, axes = new_figure(9, 2.4, columns=3)
@@ -262,12 +316,13 @@ def main() -> None:
     """Draws the files on the command line."""
     parser = argparse.ArgumentParser(description="Draws the pictures of searches and runs.")
     parser.add_argument("files", nargs="*", type=Path, help="paths.csv, metrics.csv, result.json")
-    files = parser.parse_args().files
+    parser.add_argument("--truth", type=Path, help="JSON of the known accuracies of all choices")
+    args = parser.parse_args()
     open_log()
-    if not files:
+    if not args.files:
         plot_single_path(Path(__file__).with_name("single_path.png"))
-    rows, alone, by = [], {}, "loss"
-    for path in files:
+    rows, alone, by, lines = [], {}, "loss", []
+    for path in args.files:
         if path.suffix == ".json":
             result = read_json(path)
             if not {"choice", "test_accuracy"} <= result.keys():
@@ -284,13 +339,18 @@ def main() -> None:
         rows, folder = records.read_rows(path), path.parent
         if not random_draws(rows):
             raise UserError(f"{path} holds no random architecture with a score yet")
-        by = settings.get("rank_by", "loss")
-        plot_search(rows, folder, settings.get("split", "search"), by)
+        by, layout = settings.get("rank_by", "loss"), settings.get("space_layout")
+        names = layout["candidates"] if layout else SPACES["spos_small"].candidates
+        plot_search(rows, folder, settings.get("split", "search"), by, names)
+        if args.truth:
+            truth = read_json(args.truth)
+            lines += plot_truth(rows, truth, folder / "truth.png", by, settings)
     if alone and not rows:
         raise UserError("result.json files need the paths.csv of their search")
     if alone:
-        for line in plot_standalone(rows, alone, folder / "standalone.png", by):
-            log.info(line)
+        lines += plot_standalone(rows, alone, folder / "standalone.png", by)
+    for line in lines:
+        log.info(line)
 
 
 if __name__ == "__main__":
