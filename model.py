@@ -79,7 +79,7 @@ class Supernet(nn.Module):
     image_size: side of the square images in pixels. affine: whether BatchNorm has scale and shift
     (not in the paper's supernet, but in its stand-alone networks). init: one of INITS, see
     `initialise`. space, init: None is the default of the image size. Raises ValueError if `choice`
-    is not one candidate for each layer.
+    is not one candidate for each layer, or if PyTorch does not accept a candidate.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Supernet(nn.Module):
         space: Space | None = None,
     ):
         super().__init__()
-        space = space or SPACES[defaults(image_size)["space"]]
+        self.space = space = space or SPACES[defaults(image_size)["space"]]
         self.image_size, self.names = image_size, list(space.candidates)
         in_channels, stride = space.stem
         conv = nn.Conv2d(3, in_channels, 3, stride, padding=1, bias=False)
@@ -104,8 +104,11 @@ class Supernet(nn.Module):
             for number, name in enumerate(space.candidates):
                 if choice is None or tuple(choice[i : i + 1]) == (number,):
                     block = CANDIDATES[name](in_channels, out_channels, stride, affine)
-                    if block is not None:
-                        layer[name] = block
+                    try:
+                        if block is not None:
+                            layer[name] = block
+                    except (KeyError, TypeError) as error:  # a name or a block of another kind
+                        raise ValueError(f"candidate {name!r}: {error.args[0]}") from None
             self.layers.append(layer)
             in_channels = out_channels
         self.last = nn.Sequential(*pointwise(in_channels, space.last, affine))
@@ -130,14 +133,14 @@ class Supernet(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                outputs, inputs, kernel, _ = module.weight.shape
+                outputs, inputs, *kernel = module.weight.shape
                 if init == "official" or module is self.stem[0]:
                     nn.init.normal_(module.weight, std=1 / inputs)
                     continue
-                nn.init.normal_(module.weight, std=NOISE / math.sqrt(inputs * kernel**2))
-                channels = torch.arange(outputs)
+                nn.init.normal_(module.weight, std=NOISE / math.sqrt(inputs * math.prod(kernel)))
+                channels, centre = torch.arange(outputs), [side // 2 for side in kernel]
                 with torch.no_grad():
-                    module.weight[channels, channels % inputs, kernel // 2, kernel // 2] += 1
+                    module.weight[(channels, channels % inputs, *centre)] += 1
         nn.init.normal_(self.head.classifier.weight, std=0.01)
         if init == "official":
             nn.init.normal_(self.stem[0].weight, std=0.01)
@@ -175,7 +178,7 @@ class Supernet(nn.Module):
         )
         on_path = {key: value for key, value in state.items() if not key.startswith(off_path)}
         missing, unexpected = self.load_state_dict(on_path, strict=False)
-        norms = [n for n, module in self.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [n for n, module in self.named_modules() if hasattr(module, "running_mean")]
         scales = {f"{name}.{parameter}" for name in norms for parameter in ("weight", "bias")}
         if wrong := [key for key in missing if key not in scales] + unexpected:
             raise ValueError(f"the weights of {len(wrong)} entries do not fit, as {wrong[:3]}")
@@ -211,6 +214,11 @@ class Classifier(nn.Module):
         return self.path((images.float() / 255 - self.mean) / self.std)
 
 
+def tracked_norms(module: nn.Module) -> list[nn.Module]:
+    """The modules with running statistics, BatchNorm of any dimension and the like."""
+    return [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+
+
 class Node:
     """A module at its place in the tree of paths, with BatchNorm statistics of its own.
 
@@ -220,14 +228,14 @@ class Node:
 
     def __init__(self, module: nn.Module):
         self.module, self.children = module, []
-        norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+        norms = tracked_norms(module)
         self.buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
         self.statistics = [buffer.clone() for buffer in self.buffers]
 
     def calibrate(self, x: Tensor, i: int) -> None:
         """Adds the i-th batch, counted from 1, to the statistics of this node and all below it.
 
-        In training mode with momentum 1, so that the buffers are the statistics of the batch.
+        The norms are in training mode with momentum 1: buffers are the statistics of the batch.
         """
         for buffer in self.buffers:
             buffer.zero_()  # momentum 1 still computes 0 * old, and 0 * nan is nan
@@ -277,20 +285,20 @@ class SearchSpace:
         self.low = -math.inf if min_flops is None else min_flops
         self.high = math.inf if max_flops is None else max_flops
         if self.limited and not self.size:
-            fixed, totals = self._costs[0], self._sums[0][0]
+            fixed, totals = self.costs[0], self._sums[0][0]
             ends = f"from {(fixed + totals[0]) / 1e6} to {(fixed + totals[-1]) / 1e6} million"
             raise ValueError(f"no architecture is within the limits; the space goes {ends}")
 
     def flops(self, choice: Sequence[int]) -> int:
         """Multiply-adds of convolutions and classifier for one image: the paper's FLOPs."""
-        fixed, layers = self._costs
+        fixed, layers = self.costs
         choice = self.model.check(choice)
         return fixed + sum(costs[number] for costs, number in zip(layers, choice, strict=True))
 
     def params(self, choice: Sequence[int]) -> int:
         """Parameters of the stand-alone network, with BatchNorm's scales and shifts."""
         path = self.model.path(choice)
-        norms = [m for m in path.modules() if isinstance(m, nn.BatchNorm2d) and not m.affine]
+        norms = [m for m in tracked_norms(path) if not m.affine]
         parameters = sum(p.numel() for p in path.parameters())
         return parameters + sum(2 * norm.num_features for norm in norms)
 
@@ -300,14 +308,16 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """The number of architectures."""
-        return self._completions(0, self._costs[0])
+        if not self.limited:
+            return math.prod(map(len, self.options))
+        return self._completions(0, self.costs[0])
 
     def sample(self, rng: random.Random) -> Choice:
         """One architecture, drawn uniformly."""
         if not self.limited:
             return tuple(options[rng.randrange(len(options))] for options in self.options)
         n, choice = rng.randrange(self.size), []  # the n-th one in lexicographic order
-        spent, costs = self._costs
+        spent, costs = self.costs
         for layer, options in enumerate(self.options):
             for number in options:
                 count = self._completions(layer + 1, spent + costs[layer][number])
@@ -331,23 +341,40 @@ class SearchSpace:
         return [(number,) * len(self.options) for number in sorted(everywhere)]
 
     @cached_property
-    def _costs(self) -> tuple[int, list[dict[int, int]]]:
-        """Multiply-adds that all paths share, and those of each layer's candidates by number."""
-        x = torch.zeros(1, 3, self.model.image_size, self.model.image_size, device="meta")
-        stem, x = multiply_adds(self.model.stem, x)
-        layers = []
-        for layer, options in zip(self.model.layers, self.options, strict=True):
-            results = {n: multiply_adds(layer[self.model.names[n]], x) for n in options}
-            layers.append({number: cost for number, (cost, _) in results.items()})
-            x = results[options[0]][1]
-        last, _ = multiply_adds(self.model.last, x)
-        return stem + last + self.model.head.classifier.weight.numel(), layers
+    def costs(self) -> tuple[int, list[dict[int, int]]]:
+        """Multiply-adds that all paths share, and those of each layer's candidates by number.
+
+        Raises ValueError, with candidate and layer, if a block breaks the contract of CANDIDATES.
+        """
+        model, layers = self.model, []
+        x = torch.zeros(1, 3, model.image_size, model.image_size, device="meta")
+        fixed, x = multiply_adds(model.stem, x)
+        for i, (channels, stride) in enumerate(model.space.layers):
+            side = -(-x.shape[-1] // stride)
+            expected, found = (1, channels, side, side), {}
+            for number in self.options[i]:
+                name, version = model.names[number], x._version
+                try:
+                    found[number], y = multiply_adds(model.layers[i][name], x)
+                    if y.shape != expected:
+                        raise ValueError(
+                            f"{tuple(x.shape)} becomes {tuple(y.shape)}, not {expected}"
+                        )
+                    if x._version != version:
+                        raise ValueError("it changes its input")
+                except Exception as error:  # whatever an own block raises
+                    reason = str(error).strip().partition("\n")[0]
+                    raise ValueError(f"candidate {name}, layer {i}: {reason}") from None
+            layers.append(found)
+            x = torch.zeros(expected, device="meta")
+        last, _ = multiply_adds(model.last, x)
+        return fixed + last + model.head.classifier.weight.numel(), layers
 
     @cached_property
     def _sums(self) -> list[tuple[list[int], list[int]]]:
         """For each layer: the sorted costs of all ways from there on, and how many cost less."""
         ways, tables = Counter({0: 1}), []
-        for costs in [{0: 0}, *reversed(self._costs[1])]:
+        for costs in [{0: 0}, *reversed(self.costs[1])]:
             longer = Counter()
             for cost in costs.values():
                 for rest, count in ways.items():
@@ -365,9 +392,19 @@ class SearchSpace:
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Multiply-adds of a module for one image on the meta device, and its output."""
+    """Multiply-adds of a module for `x` on the meta device, and its output.
+
+    A module whose control flow depends on values is run on the CPU.
+    """
     module = copy.deepcopy(module).to("meta").eval()
     module.__dict__.pop("forward", None)  # of a captured block; it would replay the block's graph
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        x = module(x)
-    return counter.get_total_flops() // 2, x  # PyTorch counts a multiply-add as two
+
+    def run(x: Tensor) -> tuple[int, Tensor]:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            y = module.to_empty(device=x.device)(x)
+        return counter.get_total_flops() // 2, y  # PyTorch counts a multiply-add as two
+
+    try:
+        return run(x)
+    except (RuntimeError, NotImplementedError):
+        return run(torch.zeros(x.shape, device="cpu"))

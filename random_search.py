@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import utils
 from blocks import capture_blocks
@@ -25,8 +24,8 @@ from data import records
 from data.datasets import ImageData, load_dataset
 from data.loaders import Batches
 from data.records import BASELINE, Scored, best_first, evolution_rows
-from img.plots import plot_search
-from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree
+from img.plots import draw, plot_search
+from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree, tracked_norms
 from utils import UserError, log, number
 
 CALIBRATION_BATCH = 250  # fixed: the mean over batches of their variances depends on it
@@ -65,6 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_supernet(ckpt: str | None) -> dict:
+    """The checkpoint with that path or in that run's folder, or of the newest supernet in runs/."""
+    path = Path(ckpt) if ckpt else newest_supernet(Path("runs"))
+    supernet = records.load_checkpoint(path / "last.pth" if path.is_dir() else path)
+    if supernet["args"]["choice"] is not None:
+        raise UserError(f"{supernet['path']} holds a single architecture, not a supernet")
+    return supernet
+
+
 def newest_supernet(runs: Path) -> Path:
     """The newest checkpoint of a supernet below a folder of runs."""
     paths = [path for path in runs.glob("*/last.pth") if path.with_name("args.json").exists()]
@@ -78,12 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a search or the rest of one, scores, and reports."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    path = Path(args.ckpt or utils.on_rank_zero(lambda: newest_supernet(Path("runs"))))
-    path = path / "last.pth" if path.is_dir() else path
-    supernet = records.load_checkpoint(path)
-    trained, data = supernet["args"], supernet["data"]
-    if trained["choice"] is not None:
-        raise UserError(f"{path} holds a single architecture, not a supernet")
+    ckpt = args.ckpt
+    supernet = utils.on_rank_zero(lambda: load_supernet(ckpt))
+    path, trained, data = Path(supernet["path"]), supernet["args"], supernet["data"]
     folder = Path(args.search_dir or path.parent / "search")
     if (folder / "last.pth").exists() or (folder / "metrics.csv").exists():
         raise UserError(f"{folder} is the folder of a run; choose another --search_dir")
@@ -93,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.overwrite and utils.on_rank_zero(record.exists):
             rows = utils.on_rank_zero(lambda: records.read_rows(record))
             before = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
+        elif not args.overwrite and utils.rank() == 0:
+            begun = utils.is_record(folder / "args.json", "checkpoint")
+            files = [name for name in SEARCH_FILES if (folder / name).exists()]
+            if files and not begun:
+                raise UserError(f"{folder / files[0]} exists; --overwrite deletes it")
         now = {"checkpoint": supernet["sha256"]}
         now |= {name: trained[name] for name in ("space", "space_layout")}
         parser.set_defaults(data_dir=trained["data_dir"])
@@ -117,11 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = Supernet(len(data["classes"]), data["image_size"], space=space)
             model.load_state_dict(supernet["model"])
             space = SearchSpace(model, *limits)
+            _ = space.costs  # checks the contract of the candidates
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
         model.to(device, memory_format=utils.memory_format(device, args.precision))
         dataset = load_dataset(data["name"], args.data_dir, data["image_size"], args.workers)
-        dataset.check_checkpoint(data, str(path))
+        dataset.check_same(data, str(path))
         how = device, args.workers, args.precision
         calibration = calibration_batches(dataset, args.calibration_images, trained["cutout"], *how)
         scored = test = Batches(dataset, dataset.test, args.batch_size, *how)
@@ -184,9 +195,9 @@ class Scorer:
     def __init__(self, model: Supernet, calibration: Batches | None, scored: Batches):
         self.model, self.calibration = copy.deepcopy(model), calibration
         self.scored, self.precision = scored, scored.precision
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # buffers become the statistics of the last batch
+        self.norms = tracked_norms(self.model)
+        for norm in self.norms:
+            norm.momentum = 1.0  # buffers become the statistics of the last batch
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
         self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
@@ -201,9 +212,10 @@ class Scorer:
         each batch's mean and unbiased variance.
         """
         with utils.autocast(self.precision, self.scored.device):
-            tree = path_tree(self.model, choices)
+            tree = path_tree(self.model.eval(), choices)
             if self.calibration is not None:
-                self.model.train()
+                for norm in self.norms:
+                    norm.train()
                 batches = utils.progress(self.calibration, "calibrating", len(self.calibration))
                 for i, (x, _) in enumerate(batches, start=1):
                     tree.calibrate(x, i)
@@ -382,7 +394,7 @@ def report(
         found["top"] = [row.as_json() | {"test_accuracy": tested[row.choice]} for row in top]
         utils.write_json(folder / "search.json", found)
     (folder / "evolution.png").unlink(missing_ok=True)  # drawn again if there are generations
-    plot_search(rows, folder, args.split, args.rank_by, names)
+    draw(plot_search, rows, folder, args.split, args.rank_by, names)
 
     def text(name: str) -> str:
         return "not defined" if numbers[name] is None else f"{numbers[name]:.2f}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
@@ -26,8 +26,18 @@ from blocks import capture_blocks, release_blocks
 from data import records
 from data.datasets import IMAGE_SIZES, ImageData, load_dataset
 from data.loaders import Batches
-from img.plots import plot_training
-from model import INITS, SPACES, Choice, Classifier, SearchSpace, Space, Supernet, defaults
+from img.plots import draw, plot_training
+from model import (
+    INITS,
+    SPACES,
+    Choice,
+    Classifier,
+    SearchSpace,
+    Space,
+    Supernet,
+    defaults,
+    tracked_norms,
+)
 from utils import UserError, log, number
 
 # CIFAR-10's recipe is that of ShunLu91/Single-Path-One-Shot-NAS at 6940c9b, as it was meant, with a
@@ -53,7 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults that depend on other flags come from `parse_args`."""
     parser = utils.new_parser("Trains the supernet, or with --choice one architecture alone.")
     add = parser.add_argument
-    add("--exp_name", default="spos_cifar10", help="name of the run's folder, OUT_DIR/EXP_NAME")
+    add(
+        "--exp_name",
+        type=utils.name,
+        default="spos_cifar10",
+        help="name of the run's folder, OUT_DIR/EXP_NAME",
+    )
     add("--out_dir", type=utils.path, default="runs", help="parent folder of the runs")
     add("--dataset", choices=list(IMAGE_SIZES), help="data set; digits needs no download")
     add("--data_dir", type=utils.absolute_path, help="where the data set is, or is downloaded to")
@@ -117,9 +132,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     parser.set_defaults(**recipe(before | asked) | before)
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
 
-    last, checkpoint, recorded = Path(given.out_dir, given.exp_name, "last.pth"), None, {}
-    if given.resume and last.exists():
-        checkpoint = records.load_checkpoint(last)
+    last, recorded = Path(given.out_dir, given.exp_name, "last.pth"), {}
+    checkpoint = utils.on_rank_zero(
+        lambda: records.load_checkpoint(last) if given.resume and last.exists() else None
+    )
+    if checkpoint:
         recorded = {n: v for n, v in checkpoint["args"].items() if n not in COMMAND}
     args = parser.parse_args(argv, Namespace(**recorded))
     if args.space not in SPACES:
@@ -148,16 +165,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a run or the rest of one, trains, and tests a single architecture at the end."""
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
-    with torch.device("meta"):
-        new_network(1, args)  # a wrong --choice is refused before any work
+    with torch.device("meta"):  # a wrong --choice or candidate is refused before any work
+        check_network(args)
     with utils.locked(folder):
-        check_folder(folder, args)
+        if utils.rank() == 0:
+            check_folder(folder, args)
         rows = checkpoint["metrics"] if checkpoint else []
         device = utils.pick_device(args.device)
         args.precision = utils.pick_precision(args.precision, device)
         dataset = load_dataset(args.dataset, args.data_dir, args.image_size, args.workers)
         if checkpoint:
-            dataset.check_checkpoint(checkpoint["data"], str(folder / "last.pth"))
+            dataset.check_same(checkpoint["data"], str(folder / "last.pth"))
         batches = load_batches(dataset, args, device)
         model = build_model(dataset, args, checkpoint)
         model.to(device, memory_format=batches["train"].memory_format)
@@ -188,11 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.choice is None:
             command = ["python", "random_search.py", "--ckpt", str(folder / "last.pth")]
             log.info(f"next: {shlex.join(command)}")
-        elif not (folder / "result.json").exists():
-            if utils.rank() == 0:
-                choice = records.parse_choice(args.choice)
-                export(folder / "model.pt2", model, choice, dataset)
+            return
+        if utils.on_rank_zero(lambda: lost(folder / "result.json")):
             test(folder / "result.json", model, batches["test"], args)
+        if utils.rank() == 0 and lost(folder / "model.pt2"):
+            export(folder / "model.pt2", model, records.parse_choice(args.choice), dataset)
 
 
 def train(
@@ -230,6 +248,8 @@ def train(
 
         # Train. Paths, order and augmentation depend on (seed, epoch) alone: --resume repeats them.
         network.train()
+        dropout = utils.named_rng(args.seed, f"dropout {epoch} {utils.rank()}")
+        torch.manual_seed(dropout.getrandbits(63))
         rng, losses, hits = utils.named_rng(args.seed, f"train {epoch}"), [], []
         epoch_images = images.epoch(args.seed, epoch, args.cutout)
         for step, (x, y) in enumerate(utils.progress(epoch_images, f"epoch {epoch + 1}", steps)):
@@ -276,7 +296,7 @@ def train(
             records.save_checkpoint(folder / "last.pth", state)
             records.write_csv(folder / "metrics.csv", rows, records.METRICS)
             if (epoch + 1) % max(1, args.epochs // 50) == 0 or last_epoch:
-                plot_training(rows, folder / "training.png", validated_on)
+                draw(plot_training, rows, folder / "training.png", validated_on)
         line = f"epoch {epoch + 1:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
         line += f"  train loss {loss:.4f} top-1 {row['train_acc']:5.2f}%"
         if row["val_acc"] is not None:
@@ -287,13 +307,23 @@ def train(
 
 
 def check_folder(folder: Path, args: Namespace) -> None:
-    """Raises UserError if the folder holds results that the command would delete unasked."""
-    results = [n for n in ("last.pth", "metrics.csv", "result.json") if (folder / n).exists()]
-    if results and not args.overwrite and not (args.resume and results[0] == "last.pth"):
-        advice = "--resume continues from a last.pth, --overwrite deletes the run"
-        raise UserError(f"{folder / results[0]} exists: {advice}; or take another --exp_name")
+    """Raises UserError if the folder holds files that the command would delete unasked.
+
+    An own run that was interrupted before its first checkpoint has left args.json and log.txt.
+    """
     if (folder / "paths.csv").exists():
         raise UserError(f"{folder} is the folder of a search; take another --exp_name")
+    begun = utils.is_record(folder / "args.json", "exp_name")
+    files = [n for n in RUN_FILES if (folder / n).exists()]
+    files = [n for n in files if not (begun and n in ("args.json", "log.txt"))]
+    if files and not args.overwrite and not (args.resume and (folder / "last.pth").exists()):
+        advice = "--resume continues from a last.pth, --overwrite deletes the run"
+        raise UserError(f"{folder / files[0]} exists: {advice}; or take another --exp_name")
+
+
+def lost(file: Path) -> bool:
+    """Whether a file of a finished run is missing or empty."""
+    return not file.exists() or not file.stat().st_size
 
 
 def load_batches(dataset: ImageData, args: Namespace, device: torch.device) -> dict[str, Batches]:
@@ -319,13 +349,19 @@ def load_batches(dataset: ImageData, args: Namespace, device: torch.device) -> d
 
 
 def new_network(classes: int, args: Namespace) -> Supernet:
-    """A network with initial weights; raises UserError if --choice is none of the space."""
+    """A network with initial weights; raises ValueError if --choice is none of the space."""
+    choice = None if args.choice is None else records.parse_choice(args.choice)
+    space = Space(**args.space_layout)
+    return Supernet(classes, args.image_size, choice is not None, choice, args.init, space)
+
+
+def check_network(args: Namespace) -> None:
+    """Raises UserError if --choice is none of the space, or if a candidate breaks its contract."""
     try:
-        choice = None if args.choice is None else records.parse_choice(args.choice)
-        space = Space(**args.space_layout)
-        return Supernet(classes, args.image_size, choice is not None, choice, args.init, space)
+        _ = SearchSpace(new_network(1, args)).costs
     except ValueError as error:
-        raise UserError(f"--choice {args.choice}: {error}") from None
+        where = f"--space {args.space}" if args.choice is None else f"--choice {args.choice}"
+        raise UserError(f"{where}: {error}") from None
 
 
 def build_model(dataset: ImageData, args: Namespace, checkpoint: dict | None) -> Supernet:
@@ -351,7 +387,7 @@ def build_model(dataset: ImageData, args: Namespace, checkpoint: dict | None) ->
 def build_optimizer(model: Supernet, args: Namespace, checkpoint: dict | None) -> torch.optim.SGD:
     """SGD, with the momentum of a checkpoint; BatchNorm's scales and shifts do not decay."""
     weights = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
+    scales = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights}, {"params": scales, "weight_decay": 0.0}]
     settings = {"lr": args.learning_rate, "momentum": args.momentum}
     optimizer = torch.optim.SGD(groups, **settings, weight_decay=args.weight_decay, fused=True)
@@ -387,7 +423,7 @@ def evaluate(
     running ones. No buffer changes.
     """
     model.eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = tracked_norms(model)
     for norm in norms:
         norm.train(batch_statistics)
         norm.track_running_stats = not batch_statistics  # else the buffers would be updated
@@ -409,8 +445,12 @@ def export(file: Path, model: Supernet, choice: Choice, dataset: ImageData) -> N
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()
     images = torch.zeros(2, 3, model.image_size, model.image_size, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("N")},)
-    with torch.no_grad():
-        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network, (images,), dynamic_shapes=shapes)
+    except Exception as error:  # a block with control flow that depends on the data
+        log.info(f"warning: no {file.name}: {str(error).strip().partition(chr(10))[0]}")
+        return
     with utils.atomic_write(file) as temporary, open(temporary, "wb") as opened:
         torch.export.save(program, opened)
 

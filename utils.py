@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,8 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 log = logging.getLogger("spos")
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems without locks
 
 
 class UserError(Exception):
@@ -60,9 +63,16 @@ def run_script(main: Callable[[], None]) -> None:
 # Flags
 
 
+def name(text: str) -> str:
+    """An argparse type: a text that is not empty, as an unset shell variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def path(text: str) -> str:
     """An argparse type: a path; ~ is the home folder."""
-    return os.path.expanduser(text)
+    return os.path.expanduser(name(text))
 
 
 def absolute_path(text: str) -> str:
@@ -91,7 +101,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    add, workers = parser.add_argument, min(4, os.cpu_count() or 1)
+    affinity = getattr(os, "sched_getaffinity", None)  # the CPUs of this process, on Linux
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    add, workers = parser.add_argument, min(4, cpus)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     add("--device", default="auto", help="auto: an accelerator if there is one, else the CPU")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
@@ -213,6 +225,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def open_log(file: Path | None = None) -> None:
     """Sends the log of rank 0 to standard output and to the end of a file."""
     logging.raiseExceptions = False  # a closed or full standard output ends no run
+    log.propagate = False  # a notebook's root logger would write each line again
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -243,7 +256,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows needs a file that is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -254,18 +267,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes and locks a folder, on rank 0; raises UserError if another process has locked it."""
-    if rank() > 0:
+def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
+    """Makes and locks a folder; raises UserError if another process has locked it.
+
+    timeout: seconds to wait for the other process; negative: until it ends. Without waiting, only
+    rank 0 locks, since it alone writes.
+    """
+    if rank() > 0 and timeout == 0:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is at work in {folder}") from None
-    with lock:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / ".lock").acquire(timeout=timeout))
+        except Timeout:
+            raise UserError(f"another process is at work in {folder}") from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: {folder} is not locked, its file system has no locks", file=sys.stderr)
         yield
+
+
+def is_record(path: Path, key: str) -> bool:
+    """Whether there is a JSON object with that key."""
+    try:
+        return key in read_json(path)
+    except (OSError, UserError):
+        return False
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import is_image_file, make_dataset
 
 from data.images import RESIDENT_PIXELS, decode
-from utils import UserError, all_gather, check_unchanged, rank
+from utils import UserError, check_unchanged, locked, on_rank_zero
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224, "folder": 32, "digits": 16}
 
@@ -72,44 +72,58 @@ class ImageData:
     def metadata(self) -> dict:
         """Plain data for a checkpoint: the classes, how to prepare images, what was trained on."""
         names = "name", "image_size", "classes", "mean", "std", "digest"
-        sizes = [len(self.train), len(self.search)]
+        sizes = [len(self.train), len(self.search), len(self.test)]
         return {name: getattr(self, name) for name in names} | {"images": sizes}
 
-    def check_checkpoint(self, trained_on: dict, checkpoint: str) -> None:
-        """Takes mean and std from a checkpoint; raises UserError if that has other data."""
-        names = "name", "image_size", "images", "classes", "digest"
-        advice = "point --data_dir to the data that it was trained on"
-        check_unchanged(trained_on, self.metadata(), names, f"the data of {checkpoint}", advice)
-        self.mean, self.std = trained_on["mean"], trained_on["std"]
+    def check_same(self, metadata: dict, owner: str) -> None:
+        """Takes mean and std from metadata; raises UserError if they are of other data.
+
+        owner: a checkpoint or a rank.
+        """
+        names, advice = metadata.keys() - {"mean", "std"}, "--data_dir must hold the same data"
+        check_unchanged(metadata, self.metadata(), names, f"the data of {owner}", advice)
+        self.mean, self.std = metadata["mean"], metadata["std"]
 
 
 def load_dataset(name: str, data_dir: str, image_size: int, workers: int = 0) -> ImageData:
     """The data set of that name with its fixed splits; raises UserError if it is not there."""
     if name == "cifar10":
-        return _cifar10(Path(data_dir))
-    if name == "digits":
-        return _digits(image_size)
-    return _folders(name, Path(data_dir), image_size, workers)
+        dataset = _cifar10(Path(data_dir))
+    elif name == "digits":
+        dataset = _digits(image_size)
+    else:
+        dataset = _folders(name, Path(data_dir), image_size, workers)
+    dataset.check_same(on_rank_zero(dataset.metadata), "rank 0")
+    return dataset
 
 
 def _hold_out(split: Split, per_class: Sequence[int], name: str = "search") -> tuple[Split, Split]:
     """Splits off per_class[c] images of every class c, the same ones for any --seed."""
     rng = random.Random(f"held out for {name}")
-    held = set()
-    for label, count in enumerate(per_class):
-        held.update(rng.sample((split.labels == label).nonzero().flatten().tolist(), count))
+    held, sizes = set(), torch.bincount(split.labels, minlength=len(per_class)).tolist()
+    by_class = split.labels.argsort(stable=True).split(sizes)
+    for indices, count in zip(by_class, per_class, strict=True):
+        held.update(rng.sample(indices.tolist(), count))
     kept = [i for i in range(len(split)) if i not in held]
     return split.subset(kept), split.subset(sorted(held))
 
 
 def _cifar10(root: Path) -> ImageData:
     """45,000 / 5,000 / 10,000 images, downloaded if they are not there."""
+
+    def parts(download: bool) -> list[CIFAR10]:
+        return [CIFAR10(str(root), train=part, download=download) for part in (True, False)]
+
     try:
-        if rank() > 0:
-            all_gather(None)  # rank 0 downloads first
-        train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
-        if rank() == 0:
-            all_gather(None)
+        try:
+            train, test = parts(download=False)
+        except RuntimeError:  # not there, or damaged
+            with locked(root, timeout=-1):  # other jobs and ranks wait, and find the files
+                train, test = parts(download=True)
+    except PermissionError as error:
+        raise UserError(
+            f"no unpacked CIFAR-10 in {root}, and {error.filename} is read-only"
+        ) from None
     except Exception as error:  # a network and an archive fail in many ways
         advice = f"put {CIFAR10.filename} there by hand, or try --dataset digits"
         raise UserError(f"no CIFAR-10 in {root} ({error}); {advice}") from None
@@ -187,8 +201,8 @@ def _list_images(
         raise UserError(f"{dead[0]} is a link to nothing")
     found = sorted(entry.name for entry in entries if entry.is_dir())
     skipped = [entry.name for entry in entries if not entry.is_dir()]
-    if classes is not None and (unknown := [name for name in found if name not in classes]):
-        raise UserError(f"{folder / unknown[0]} is a class that the training folder lacks")
+    if classes is not None and (unknown := set(found) - set(classes)):
+        raise UserError(f"{folder / min(unknown)} is a class that the training folder lacks")
 
     def is_valid(file: str) -> bool:
         parts = Path(file).relative_to(folder).parts
@@ -220,7 +234,5 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     for channel in images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         means.append((share @ levels).item())
-        deviations.append((share @ (levels - means[-1]) ** 2).sqrt().item())
-    if not all(deviations):
-        raise UserError("all training images have the same brightness in a channel")
+        deviations.append((share @ (levels - means[-1]) ** 2).sqrt().item() or 1.0)  # if empty
     return tuple(means), tuple(deviations)

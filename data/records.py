@@ -188,7 +188,8 @@ def reliability(rows: Sequence[Scored], by: str) -> tuple[float | None, float | 
     """
     whole, first = (np.array([getattr(row, name) for row in rows]) for name in (by, f"half_{by}"))
     second = 2 * whole - first
-    if len(rows) < 10 or not min(first.std(), second.std(), whole.std()) > 0:
+    spread = min(first.std(), second.std(), whole.std())
+    if len(rows) < 10 or not spread > 1e-6 * abs(whole.mean()):  # not of rounding alone
         return None, None
     r = np.corrcoef(first, second)[0, 1]
     if r < 0:

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: find the modules beside img/
@@ -49,6 +49,15 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
     if __name__ == "__main__":
         log.info(f"wrote {path}")
+
+
+def draw(plot: Callable[..., object], *arguments: object) -> None:
+    """Calls a function that draws; if it cannot, as by a foreign matplotlibrc, the log says so."""
+    try:
+        plot(*arguments)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        log.info(f"warning: {plot.__name__} failed ({type(error).__name__}: {reason})")
 
 
 def values(rows: Sequence[Scored], name: str) -> np.ndarray:
@@ -332,7 +341,9 @@ def main() -> None:
             continue
         beside = path.with_name("args.json")
         settings = read_json(beside) if beside.exists() else {}
-        if any("train_loss" in row for _, row in records.read_csv(path, [])):
+        with open(path, encoding="utf-8") as file:
+            is_training = "train_loss" in file.readline()
+        if is_training:
             kind = "random paths" if settings.get("choice") is None else "search split"
             plot_training(records.read_metrics(path), path.with_name("training.png"), kind)
             continue
