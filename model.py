@@ -346,7 +346,7 @@ class SearchSpace:
 
         Raises ValueError, with candidate and layer, if a block breaks the contract of CANDIDATES.
         """
-        model, layers = self.model, []
+        model, layers, known = self.model, [], {}
         x = torch.zeros(1, 3, model.image_size, model.image_size, device="meta")
         fixed, x = multiply_adds(model.stem, x)
         for i, (channels, stride) in enumerate(model.space.layers):
@@ -355,7 +355,10 @@ class SearchSpace:
             for number in self.options[i]:
                 name, version = model.names[number], x._version
                 try:
-                    found[number], y = multiply_adds(model.layers[i][name], x)
+                    key = name, x.shape, expected  # equal blocks are counted once
+                    if key not in known:
+                        known[key] = multiply_adds(model.layers[i][name], x)
+                    found[number], y = known[key]
                     if y.shape != expected:
                         raise ValueError(
                             f"{tuple(x.shape)} becomes {tuple(y.shape)}, not {expected}"

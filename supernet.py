@@ -165,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a run or the rest of one, trains, and tests a single architecture at the end."""
     args, checkpoint = parse_args(argv)
     folder = Path(args.out_dir, args.exp_name)
-    with torch.device("meta"):  # a wrong --choice or candidate is refused before any work
-        check_network(args)
+    check_network(args)
     with utils.locked(folder):
         if utils.rank() == 0:
             check_folder(folder, args)
@@ -356,7 +355,7 @@ def new_network(classes: int, args: Namespace) -> Supernet:
 
 
 def check_network(args: Namespace) -> None:
-    """Raises UserError if --choice is none of the space, or if a candidate breaks its contract."""
+    """Raises UserError if --choice or a candidate is wrong, before any work."""
     try:
         _ = SearchSpace(new_network(1, args)).costs
     except ValueError as error:

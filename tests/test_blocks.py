@@ -11,7 +11,7 @@ from torch.autograd import grad
 
 import blocks
 from blocks import CANDIDATES, BatchNorm, DepthwiseConv, DepthwiseFunction, ShuffleSplit
-from model import Supernet
+from model import SPACES, Supernet
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 KERNELS = {"shuffle3": [1, 3, 1], "shuffle5": [1, 5, 1], "shuffle7": [1, 7, 1]}
@@ -151,7 +151,7 @@ def test_channels_last_computes_the_same_as_contiguous(name, channels, out, stri
 
 def test_the_candidates_keep_their_numbers():
     """Choices and checkpoints refer to the candidates by this order."""
-    assert list(CANDIDATES) == list(KERNELS)
+    assert SPACES["spos_small"].candidates == SPACES["spos_large"].candidates == list(KERNELS)
 
 
 def test_cuda_graphs_are_not_used_on_a_cpu_and_nothing_changes():

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,9 +19,9 @@ from PIL import Image
 import random_search
 import supernet
 import utils
-from blocks import CANDIDATES
 from conftest import ROOT, TINY, start
 from data import records
+from model import SPACES
 from utils import UserError
 
 CHOICE = "-".join("0123" * 5)
@@ -96,7 +97,10 @@ def test_results_without_a_checkpoint_are_not_deleted_unasked(flags, tmp_path):
 
 def test_other_candidates_are_refused_everywhere(run, search, tmp_path, monkeypatch):
     """The numbers of a choice would mean other blocks."""
-    monkeypatch.setitem(CANDIDATES, "extra", CANDIDATES["shuffle3"])
+    space = replace(
+        SPACES["spos_small"], candidates=["shuffle5", "shuffle3", "shuffle7", "xception"]
+    )
+    monkeypatch.setitem(SPACES, "spos_small", space)
     checkpoint, found = str(run.folder / "last.pth"), str(search.folder / "search.json")
     out = ["--out_dir", str(tmp_path)]
     for main, flags in (
@@ -105,7 +109,7 @@ def test_other_candidates_are_refused_everywhere(run, search, tmp_path, monkeypa
         (supernet.main, [*TINY, *out, "--choice", CHOICE, "--init_from", checkpoint]),
         (random_search.main, ["--ckpt", checkpoint, "--search_dir", str(tmp_path / "search")]),
     ):
-        with pytest.raises(UserError, match="candidates"):
+        with pytest.raises(UserError, match="space_layout"):
             main(flags)
 
 

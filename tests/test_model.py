@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 
@@ -20,7 +21,7 @@ import supernet
 from blocks import CANDIDATES
 from data.datasets import load_dataset
 from data.loaders import Batches
-from model import INITS, NOISE, Choice, SearchSpace, Supernet, default_init
+from model import INITS, NOISE, SPACES, Choice, SearchSpace, Supernet, defaults
 from random_search import breed, crossover, mutate
 
 OFFICIAL = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
@@ -54,8 +55,11 @@ def build(classes: int, image_size: int, **kwargs) -> Supernet:
     return Supernet(classes, image_size, **kwargs)
 
 
-def alone(choice: Choice, image_size: int = 32) -> Supernet:
-    return Supernet(10, image_size, affine=True, choice=choice)
+def alone(choice: Choice, image_size: int = 32, **kwargs) -> Supernet:
+    return Supernet(10, image_size, affine=True, choice=choice, **kwargs)
+
+
+FIVE = [*SPACES["spos_small"].candidates, "unchanged"]
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -66,7 +70,7 @@ def layers(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def identity(in_channels: int, out_channels: int, stride: int, affine: bool) -> nn.Module | None:
+def unchanged(in_channels: int, out_channels: int, stride: int, affine: bool) -> nn.Module | None:
     """A candidate that is offered where a layer changes no shape."""
     return nn.Identity() if stride == 1 and in_channels == out_channels else None
 
@@ -80,8 +84,8 @@ def spaces():
     models = {"small": build(10, 32), "large": build(1000, 224)}
     models |= {"alone 64": alone(OFFICIAL, 64), "alone 65": alone(OFFICIAL, 65)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CANDIDATES, "identity", identity)
-        models["mixed"] = build(10, 32)
+        patch.setitem(CANDIDATES, "unchanged", unchanged)
+        models["mixed"] = build(10, 32, space=replace(SPACES["spos_small"], candidates=FIVE))
     for model in models.values():
         generator = torch.Generator().manual_seed(1)
         for norm in norms(model.eval()):
@@ -225,7 +229,7 @@ def test_scales_and_shifts_are_in_networks_alone_and_do_not_decay(affine):
 @pytest.mark.parametrize(("side", "init", "expected"), INITIAL)
 def test_initial_weights_are_drawn_as_documented(side, init, expected, affine):
     """Filters near the identity copy an input, plus noise (megvii-model/SinglePathOneShot)."""
-    assert init or default_init(side) == expected
+    assert init or defaults(side)["init"] == expected
     model, near = build(10, side, affine=affine, init=init), expected == "identity"
     ends = {model.stem[0]: 1 / 3 if near else 0.01, model.head.classifier: 0.01}
     for layer in layers(model):
@@ -282,8 +286,9 @@ def test_a_network_alone_with_a_paths_weights_computes_the_same(spaces, choice, 
     """So the network that is built is the one that was evaluated (open-mmlab/mmrazor#66)."""
     name = "mixed" if choice == SKIPPING else "small"
     if name == "mixed":
-        monkeypatch.setitem(CANDIDATES, "identity", identity)
-    x, whole, network = images(8, 16), spaces[name], alone(choice).eval()
+        monkeypatch.setitem(CANDIDATES, "unchanged", unchanged)
+    x, whole = images(8, 16), spaces[name]
+    network = alone(choice, space=whole.model.space).eval()
     with torch.inference_mode():
         expected = whole.model(x, choice)
         assert not torch.allclose(network(x, choice), expected, atol=1e-5)

@@ -13,6 +13,7 @@ from PIL import Image
 from conftest import ROOT
 from data.records import BASELINE, METRICS, Scored, format_choice, read_rows
 from img import plots
+from model import SPACES
 from utils import UserError
 
 
@@ -30,7 +31,7 @@ SEARCHES["undefined"] = made(12) + made(1, loss=math.nan)
 @pytest.mark.parametrize("rows", SEARCHES.values(), ids=SEARCHES)
 def test_any_search_is_drawn_without_warnings(rows, tmp_path, recwarn):
     """A single value, all values equal, no baselines (matplotlib/matplotlib#6483)."""
-    plots.plot_search(rows, tmp_path, "search", "loss")
+    plots.plot_search(rows, tmp_path, "search", "loss", SPACES["spos_small"].candidates)
     assert not recwarn.list and not list(tmp_path.glob("*.tmp"))
     for name in ("histogram", "pareto", "choices", *(["evolution"] if rows[-1].generation else [])):
         assert min(Image.open(tmp_path / f"{name}.png").size) > 300

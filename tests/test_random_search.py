@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -33,11 +33,12 @@ from data import records
 from data.datasets import load_dataset
 from data.loaders import Batches
 from data.records import BASELINE, Scored, best_first, format_choice, load_checkpoint, parse_choice
-from model import Choice, SearchSpace, Supernet, path_tree
+from model import SPACES, Choice, SearchSpace, Supernet, path_tree
 from random_search import SEARCH_FILES, Scorer, calibration_batches, newest_supernet
 from utils import UserError, open_log, read_json
 
 CPU = torch.device("cpu")
+NAMES = SPACES["spos_small"].candidates
 SCORES = "accuracy", "half_accuracy", "loss", "half_loss"
 
 
@@ -83,8 +84,9 @@ def logits(network: nn.Module, images: Batches, *choice: Choice) -> torch.Tensor
 
 
 def test_paths_with_common_prefixes_score_as_each_alone(trained):
-    """Also on half of the images. A prefix is computed once a batch, calibrated in training mode
-    and scored in eval mode (megvii-model/ShuffleNet-Series#9, facebookresearch/AlphaNet#3)."""
+    """Also on half of the images. A prefix is computed once a batch; only BatchNorm is in training
+    mode, and only in calibration (megvii-model/ShuffleNet-Series#9, facebookresearch/AlphaNet#3).
+    """
     model, calibration, images = trained
     before, scorer = copy.deepcopy(model.state_dict()), Scorer(*trained)
     space, rng = SearchSpace(model), random.Random(5)
@@ -95,8 +97,14 @@ def test_paths_with_common_prefixes_score_as_each_alone(trained):
         prefixes[choice[:depth]] = scorer.model.path(choice)[depth]
     for module in [*prefixes.values(), *[last] * len(choices)]:
         expected.update({(module, True): len(calibration), (module, False): len(images)})
+
+    def count(module, *_):
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert not any(m.training for m in module.modules() if m not in norms)
+        calls.update([(module, norms[0].training)])
+
     for module in {module for module, _ in expected}:
-        module.register_forward_hook(lambda module, *_: calls.update([(module, module.training)]))
+        module.register_forward_hook(count)
     tree = path_tree(scorer.model, choices)
     with patch.object(random_search, "path_tree", return_value=tree) as build:
         scores = scorer.score(choices)
@@ -220,7 +228,7 @@ def test_a_search_writes_a_table_a_summary_and_the_next_command(search):
     assert numbers["best"] == max(accuracies)
     assert numbers["median"] == pytest.approx(median(accuracies))
     baselines = [row.accuracy for row in singles]
-    assert numbers["baselines"] == dict(zip(CANDIDATES, baselines, strict=True))
+    assert numbers["baselines"] == dict(zip(NAMES, baselines, strict=True))
     log = (search.folder / "log.txt").read_text()
     assert result["choice"] in log and f"{result['flops_m']:.1f}M multiply-adds" in log
     command = shlex.split(log.split("next: ")[1].splitlines()[0])
@@ -328,16 +336,18 @@ def test_own_images_and_an_own_block_get_from_training_to_the_winner(tmp_path, m
     """Later commands take data set, image size and classes from the files of earlier ones, even
     classes too few for a top-5 (huggingface/pytorch-image-models#807)."""
 
-    def identity(in_channels, out_channels, stride, affine):  # not offered in all layers
+    def unchanged(in_channels, out_channels, stride, affine):  # not offered in all layers
         return nn.Identity() if stride == 1 and in_channels == out_channels else None
 
-    monkeypatch.setitem(CANDIDATES, "skip", identity)
+    monkeypatch.setitem(CANDIDATES, "unchanged", unchanged)
+    space = replace(SPACES["spos_small"], candidates=[*NAMES, "unchanged"])
+    monkeypatch.setitem(SPACES, "mine", space)
     for part, label in itertools.product(("train", "test"), "abc"):
         (tmp_path / part / label).mkdir(parents=True)
         for i in range(12):
             image = Image.fromarray(noise(9, 11, 3, seed=ord(label) + i))
             image.save(tmp_path / part / label / f"{i}.png")
-    where = f"--dataset folder --data_dir {tmp_path} --image_size 8 --val_interval 5"
+    where = f"--dataset folder --data_dir {tmp_path} --image_size 8 --val_interval 5 --space mine"
     flags = f"--epochs 3 --batch_size 8 --out_dir {tmp_path} --exp_name".split()
     supernet.main([*where.split(), *flags, "five"])
     checkpoint, folder = load_checkpoint(tmp_path / "five/last.pth"), tmp_path / "five/search"
@@ -385,7 +395,8 @@ def test_settings_are_those_of_the_record(quick, run, tmp_path):
     given = [f"--{name}={value}" for name, value in chosen.items()]
     random_search.main([*where, *given, "--num_paths", "6"])
     chosen["checkpoint"] = hashlib.sha256(last.read_bytes()).hexdigest()
-    chosen["candidates"], rows = list(CANDIDATES), record(tmp_path)
+    chosen |= {"space": "spos_small", "space_layout": asdict(SPACES["spos_small"])}
+    rows = record(tmp_path)
     assert read_json(tmp_path / "args.json") == chosen | {"num_paths": 6}
     random_search.main(where)  # as many paths and generations as before: nothing is left to do
     assert record(tmp_path) == rows

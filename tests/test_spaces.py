@@ -1,4 +1,4 @@
-"""Search spaces as data: NAS-Bench-Macro's costs, a run in another space, the truth of a benchmark."""
+"""Search spaces as data: NAS-Bench-Macro, a run in another space, scores against the truth."""
 
 import json
 import random

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -22,7 +23,7 @@ from conftest import TINY
 from data.datasets import load_dataset
 from data.loaders import Batches
 from data.records import load_checkpoint, read_metrics
-from model import SearchSpace, Supernet
+from model import SPACES, SearchSpace, Supernet
 from utils import UserError, named_rng, pick_precision, read_json
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_the_checkpoint_is_plain_data(run):
     content = torch.load(run.folder / "last.pth", weights_only=True)
     assert (content["epoch"], content["args"]["epochs"]) == (2, 2)
     assert content["data"]["name"] == "digits"
-    assert content["args"]["candidates"] == list(CANDIDATES)
+    assert content["args"]["space_layout"] == asdict(SPACES["spos_small"])
     assert content["model"].keys() == Supernet(10, 8).state_dict().keys()
     assert not any("total_" in key or key.startswith("module.") for key in content["model"])
 
@@ -413,7 +414,8 @@ def test_presets_suit_the_data_and_flags_win(flags, expected):
         assert str(vars(args)[name]) == value
 
 
-FOUND = {"choice": ZEROS, "accuracy": 50.0, "candidates": list(CANDIDATES)}
+FOUND = {"choice": ZEROS, "accuracy": 50.0, "space": "spos_small"}
+FOUND["space_layout"] = asdict(SPACES["spos_small"])
 FOUND |= {"dataset": "folder", "image_size": 48, "data_dir": "/pictures"}
 WITH_FOUND = [
     ("", ("folder", 48, "/pictures", 24)),
@@ -434,7 +436,6 @@ def test_a_search_brings_its_data_along_and_flags_win(tmp_path, monkeypatch, fla
 
 
 WRONG_CHOICES = {
-    "": "a choice like 1-0-3",
     "no/such/search.json": "a choice like 1-0-3",
     "1-2-3": "20 numbers",
     "-".join("4" * 20): "layer 0 has no candidate 4",
@@ -462,7 +463,8 @@ def test_a_wrong_choice_is_refused(run, tmp_path, monkeypatch, choice, message):
 WRONG = """--epochs 99999999999; --batch_size 0; --learning_rate -1; --weight_decay -0.1; --epo 3;
 --cutout 32; --seed -1; --seed 4294967296; --seed abc; --workers -1; --resume False; --init zero;
 --resume --overwrite; --train_on all; --init_from last.pth; --image_size 64; --dataset mnist;
---init_from last.pth --init official --choice ZEROS; --local-rank=0"""
+--init_from last.pth --init official --choice ZEROS; --local-rank=0; --choice=; --data_dir=;
+--init_from= --choice ZEROS; --exp_name="""
 
 
 @pytest.mark.parametrize("flags", WRONG.split(";"))
