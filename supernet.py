@@ -241,6 +241,9 @@ def train(
         # All ranks draw the same path, so weights that are unused on one are unused on all.
         network = DistributedDataParallel(model, find_unused_parameters=True)
         network.broadcast_buffers = False  # once an epoch is enough, see below
+    if rows and utils.rank() == 0:  # a kill or a copy may have lost these files
+        records.write_csv(folder / "metrics.csv", rows, records.METRICS)
+        draw(plot_training, rows, folder / "training.png", validated_on)
     start = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
         epoch_start = time.monotonic()

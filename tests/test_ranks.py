@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from on_ranks import EVALUATION_BATCH
 
+import data.datasets
 import data.loaders
 import random_search
 import supernet
-from conftest import TIMEOUT, TINY, assert_same_record, noise, start
+from conftest import ROOT, TIMEOUT, TINY, assert_same_record, noise, start
 from data.datasets import ImageData, Split, load_dataset
 from data.loaders import Batches
 from data.records import load_checkpoint
 from model import SearchSpace, Supernet
-from utils import named_rng, read_json
+from utils import UserError, named_rng, read_json
 
 CPU = torch.device("cpu")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
@@ -171,3 +172,42 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_no_process_behind(tmp_path):
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1 and len(children) == 2
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_rank_zero_decides_which_checkpoint_there_is(tmp_path):
+    """Without shared folders too (huggingface/transformers#28270, mosaicml/composer#2054)."""
+    (tmp_path / "own.py").write_text(f"""import os, shutil, sys
+sys.path.insert(0, {str(ROOT)!r})
+folder = os.path.join(os.environ["OWN"], os.environ["RANK"])
+os.makedirs(folder, exist_ok=True)
+os.chdir(folder)
+import supernet, utils
+from data import records
+save = records.save_checkpoint
+def keep(path, content):
+    save(path, content)
+    shutil.copy(path, f"{{content['epoch']}}.pth")
+records.save_checkpoint = keep
+utils.run_script(supernet.main)
+""")
+
+    def train(*flags):
+        process = start(
+            *TORCHRUN, tmp_path / "own.py", *TINY, "--epochs", "2", *flags, OWN=str(tmp_path)
+        )
+        err = process.communicate(timeout=TIMEOUT)[1]
+        assert process.returncode == 0, err
+        return load_checkpoint(tmp_path / "0/runs/spos_cifar10/last.pth")
+
+    whole = train()
+    shutil.copy(tmp_path / "0/1.pth", tmp_path / "0/runs/spos_cifar10/last.pth")
+    again = train("--resume")
+    assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
+    assert not (tmp_path / "1/runs").exists()
+
+
+def test_ranks_with_other_data_are_refused(monkeypatch):
+    metadata = load_dataset("digits", "", 8).metadata() | {"classes": ["a", "b"]}
+    monkeypatch.setattr(data.datasets, "on_rank_zero", lambda make: metadata)
+    with pytest.raises(UserError, match="the data of rank 0 has classes"):
+        load_dataset("digits", "", 8)
