@@ -156,7 +156,7 @@ def test_the_readme_prepares_images_as_the_evaluation_does(folders):
     code = readme.split("```python\n")[1].split("```")[0]
     assert "photo.jpg" in code and "32" in code
     code = code.replace("32", "8").replace("runs/spos_cifar_best", str(folder))
-    load, use = code.replace("print(", "found.append(").split("image = ")
+    load, use = code.replace("print(", "found.append(").split("image = ", 1)
     names = {"found": []}
     exec(load, names)
     paths = sorted(folders.glob("val/*/*.png"))
