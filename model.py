@@ -46,21 +46,15 @@ def stages(*stages: tuple[int, int, int]) -> list[list[int]]:
 
 
 SHUFFLE = ["shuffle3", "shuffle5", "shuffle7", "xception"]
+LARGE = stages((4, 64, 2), (4, 160, 2), (8, 320, 2), (4, 640, 2))
+SMALL = stages((4, 64, 1), (4, 160, 2), (8, 320, 2), (4, 640, 1))
+MACRO = stages((2, 64, 2), (3, 128, 2), (3, 256, 2))
 SPACES = {
     # Guo et al., table 1, for ImageNet, and with fewer strides for images of up to 64 px.
-    "spos_large": Space(
-        [16, 2], stages((4, 64, 2), (4, 160, 2), (8, 320, 2), (4, 640, 2)), 1024, SHUFFLE
-    ),
-    "spos_small": Space(
-        [16, 1], stages((4, 64, 1), (4, 160, 2), (8, 320, 2), (4, 640, 1)), 1024, SHUFFLE
-    ),
+    "spos_large": Space([16, 2], LARGE, 1024, SHUFFLE),
+    "spos_small": Space([16, 1], SMALL, 1024, SHUFFLE),
     # Su et al., arXiv 2103.11922, which trained all 6,561 networks of it (xiusu/NAS-Bench-Macro).
-    "nasbench_macro": Space(
-        [32, 1],
-        stages((2, 64, 2), (3, 128, 2), (3, 256, 2)),
-        1280,
-        ["identity", "mb3_k3", "mb6_k5"],
-    ),
+    "nasbench_macro": Space([32, 1], MACRO, 1280, ["identity", "mb3_k3", "mb6_k5"]),
 }
 INITS = "identity", "official"
 NOISE = 0.1  # of the weights near the identity; see Supernet.initialise
@@ -298,7 +292,7 @@ class SearchSpace:
     def params(self, choice: Sequence[int]) -> int:
         """Parameters of the stand-alone network, with BatchNorm's scales and shifts."""
         path = self.model.path(choice)
-        norms = [m for m in tracked_norms(path) if not m.affine]
+        norms = [m for m in path.modules() if isinstance(m, nn.BatchNorm2d) and not m.affine]
         parameters = sum(p.numel() for p in path.parameters())
         return parameters + sum(2 * norm.num_features for norm in norms)
 
