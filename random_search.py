@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ckpt = args.ckpt
     supernet = utils.on_rank_zero(lambda: load_supernet(ckpt))
     path, trained, data = Path(supernet["path"]), supernet["args"], supernet["data"]
-    folder = Path(args.search_dir or path.parent / "search")
+    # A supernet that is no run's last.pth, as one that was downloaded, has a folder in runs/.
+    run = path.parent if path.name == "last.pth" else Path("runs", path.stem)
+    folder = Path(args.search_dir or run / "search")
     if (folder / "last.pth").exists() or (folder / "metrics.csv").exists():
         raise UserError(f"{folder} is the folder of a run; choose another --search_dir")
     with utils.locked(folder):
@@ -418,8 +420,8 @@ def report(
     if top:
         accuracies = ", ".join(f"{tested[row.choice]:.2f}%" for row in top)
         log.info(f"test images  top {len(top)}, supernet weights: {accuracies}")
-    suffix = "" if folder.name == "search" else f"_{folder.name}"  # another search of the supernet
-    name = f"--exp_name={Path(supernet['path']).resolve().parent.name}{suffix}_best"
+    run = folder.resolve().parent.name if folder.name == "search" else folder.name
+    name = f"--exp_name={run}_best"
     command = ["python", "supernet.py", "--choice", str(folder / "search.json"), name]
     log.info(f"next: {shlex.join(command)}")
 
