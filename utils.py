@@ -42,7 +42,8 @@ def run_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        # From a data loading worker, the message carries a traceback; its last line is ours.
+        error.__traceback__ = None  # it keeps data loading workers, and each is waited for 5 s
+        # From such a worker, the message carries a traceback; its last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         sys.exit(f"error: {line}")
     except OSError as error:

@@ -351,8 +351,10 @@ def damaged_files():
     return files | {"giant.ppm": giant, "emf.png": emf, "deep.png": deep, "strip.png": strip}
 
 
-@pytest.mark.parametrize("name", damaged_files())
-@pytest.mark.parametrize(("folder", "workers"), [("train", 0), ("val", 2)])
+@pytest.mark.parametrize(
+    ("name", "folder", "workers"),
+    [*((name, "train", 0) for name in damaged_files()), ("half.jpg", "val", 2)],
+)
 def test_a_damaged_image_is_refused_with_its_path(tree, tmp_path, name, folder, workers):
     """(pytorch/vision#138, facebookresearch/deit#76, deepfates/memery#10)"""
     tree({"train/a": 2, "train/b": 3, "val/a": 3})
