@@ -97,12 +97,15 @@ class Supernet(nn.Module):
             layer = nn.ModuleDict()
             for number, name in enumerate(space.candidates):
                 if choice is None or tuple(choice[i : i + 1]) == (number,):
-                    block = CANDIDATES[name](in_channels, out_channels, stride, affine)
+                    if name not in CANDIDATES:
+                        raise ValueError(f"there is no candidate {name!r} in blocks.py")
                     try:
+                        block = CANDIDATES[name](in_channels, out_channels, stride, affine)
                         if block is not None:
                             layer[name] = block
-                    except (KeyError, TypeError) as error:  # a name or a block of another kind
-                        raise ValueError(f"candidate {name!r}: {error.args[0]}") from None
+                    except Exception as error:  # of a user's own block, or of its name
+                        reason = error.args[0] if error.args else error
+                        raise ValueError(f"candidate {name!r}, layer {i}: {reason}") from None
             self.layers.append(layer)
             in_channels = out_channels
         self.last = nn.Sequential(*pointwise(in_channels, space.last, affine))
@@ -235,7 +238,10 @@ class Node:
             buffer.zero_()  # momentum 1 still computes 0 * old, and 0 * nan is nan
         x = self.module(x)
         for mean, batch in zip(self.statistics, self.buffers, strict=True):
-            mean.lerp_(batch, 1 / i) if i > 1 else mean.copy_(batch)  # the mean over the batches
+            if i == 1:
+                mean.copy_(batch)
+            else:
+                mean.lerp_(batch, 1 / i)  # the mean over the batches so far
         for child in self.children:
             child.calibrate(x, i)
 
@@ -359,7 +365,7 @@ class SearchSpace:
                         )
                     if x._version != version:
                         raise ValueError("it changes its input")
-                except Exception as error:  # whatever an own block raises
+                except Exception as error:  # of a user's own block
                     reason = str(error).strip().partition("\n")[0]
                     raise ValueError(f"candidate {name}, layer {i}: {reason}") from None
             layers.append(found)

@@ -29,8 +29,8 @@ from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree, track
 from utils import UserError, log, number
 
 CALIBRATION_BATCH = 250  # fixed: the mean over batches of their variances depends on it
-GROUP = 50  # at most so many paths are scored and recorded together
-SEARCH_FILES = ["args.json", "log.txt", "paths.csv", "search.json", "standalone.png"]
+GROUP = 50  # the most paths that are scored and recorded together
+SEARCH_FILES = ["args.json", "log.txt", "paths.csv", "search.json", "standalone.png", "truth.png"]
 SEARCH_FILES += ["histogram.png", "pareto.png", "choices.png", "evolution.png"]
 # Recorded settings: those that the scores depend on, those that children depend on, the rest.
 SCORED_BY = ["checkpoint", "space", "split", "seed", "precision", "calibration_images"]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ckpt = args.ckpt
     supernet = utils.on_rank_zero(lambda: load_supernet(ckpt))
     path, trained, data = Path(supernet["path"]), supernet["args"], supernet["data"]
-    # A supernet that is no run's last.pth, as one that was downloaded, has a folder in runs/.
+    # A checkpoint that is not the last.pth of a run, such as a download, is searched in runs/.
     run = path.parent if path.name == "last.pth" else Path("runs", path.stem)
     folder = Path(args.search_dir or run / "search")
     if (folder / "last.pth").exists() or (folder / "metrics.csv").exists():
@@ -113,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.precision = utils.pick_precision(args.precision, device)
         args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
         if args.generations and not args.parents <= args.population <= args.num_paths:
-            parser.error("evolution needs --parents <= --population <= --num_paths")
-        current = {"space_layout": asdict(SPACES[args.space]) if args.space in SPACES else None}
+            sizes = f"{args.parents}, {args.population}, {args.num_paths}"
+            parser.error(f"evolution needs --parents <= --population <= --num_paths, not {sizes}")
+        if args.space not in SPACES:
+            raise UserError(f"{path} has the space {args.space}, which is not in SPACES (model.py)")
+        current = {"space_layout": asdict(SPACES[args.space])}
         advice = "restore that space in model.py"
         utils.check_unchanged(trained, current, ["space_layout"], str(path), advice)
         names = SCORED_BY + (BRED_BY if any(row.generation > 0 for row in rows) else [])
@@ -143,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorer = Scorer(model, calibration, scored)
 
         if utils.rank() == 0:
-            for name in () if before else SEARCH_FILES:
-                (folder / name).unlink(missing_ok=True)
+            if not before:
+                for name in SEARCH_FILES:
+                    (folder / name).unlink(missing_ok=True)
             names = SCORED_BY + BRED_BY + MAY_GROW + ["space_layout"]
             utils.write_json(folder / "args.json", {name: getattr(args, name) for name in names})
         utils.open_log(folder / "log.txt")
@@ -161,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.split == "test":
             log.info("warning: selecting on the test set; no unbiased test score remains")
         log.info(f"record       {len(rows)} scores in {record}")
+        if sum(row.generation == 0 for row in rows) > args.num_paths:
+            log.info(f"warning: the results are those of the first {args.num_paths} random paths")
         paths = args.num_paths + args.generations * args.population - len(rows)
         log.info(f"graphs       {'not used' if args.no_cuda_graphs else scorer.capture(paths)}")
 
@@ -239,7 +245,7 @@ class Scorer:
         return [dict(zip(names, row, strict=True)) for row in scores]
 
     def capture(self, paths: int) -> str:
-        """Lets blocks replay CUDA graphs if so many paths repay it; returns a line for the log."""
+        """Lets blocks replay CUDA graphs if the paths repay it; returns a line for the log."""
         if self.calibration is None:
             return "not used: no BatchNorm recalibration"
         batches = len(self.calibration)
@@ -328,7 +334,7 @@ def propose(
 def breed(
     space: SearchSpace, parents: list[Choice], taken: set[Choice], args: Namespace, generation: int
 ) -> list[Choice]:
-    """A generation of architectures that are not `taken`; at least so many must be left.
+    """A generation of architectures that are not `taken`; enough of them must be left.
 
     Half by mutation and half by crossover of two parents, as in the official code
     (src/Search/search.py). A child that failed 10 times is replaced by a random draw.
@@ -412,8 +418,7 @@ def report(
     for name, accuracy in numbers["baselines"].items():
         log.info(f"baseline     {accuracy:.2f}%, all {name}")
     if own:
-        end = f"{len(own)} paths, {rows[-1].generation} generations"
-        log.info(f"evolution    best {own[0].accuracy:.2f}% after {end}")
+        log.info(f"evolution    best {own[0].accuracy:.2f}% of {len(own)} paths")
     log.info(f"choice       {found['choice']}, the best by {args.rank_by}")
     costs = f"{best.flops_m:.1f}M multiply-adds, {best.params_m:.2f}M parameters"
     log.info(f"             {best.accuracy:.2f}% ± {error:.2f}, loss {best.loss:.4f}, {costs}")

@@ -140,7 +140,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         recorded = {n: v for n, v in checkpoint["args"].items() if n not in COMMAND}
     args = parser.parse_args(argv, Namespace(**recorded))
     if args.space not in SPACES:
-        raise UserError(f"{last} has the space {args.space}, which is not in SPACES")
+        raise UserError(f"{last} has the space {args.space}, which is not in SPACES (model.py)")
     args.space_layout = asdict(SPACES[args.space])
     advice = "a run keeps its settings: drop the flag, or take another --exp_name"
     utils.check_unchanged(recorded, vars(args), recorded.keys() - CHANGEABLE, str(last), advice)
@@ -185,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (folder / name).unlink(missing_ok=True)
         utils.open_log(folder / "log.txt")
         if args.resume:
-            log.info(f"resuming after epoch {len(rows)}" if checkpoint else "no checkpoint yet")
+            log.info(
+                f"resuming after epoch {len(rows)}" if checkpoint else "no checkpoint: a new run"
+            )
         about = {"torch": torch.__version__, "device_name": utils.describe_device(device)}
         log.info(f"device    {about['device_name']}, {args.precision}, torch {about['torch']}")
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in batches.items())
@@ -311,7 +313,7 @@ def train(
 def check_folder(folder: Path, args: Namespace) -> None:
     """Raises UserError if the folder holds files that the command would delete unasked.
 
-    An own run that was interrupted before its first checkpoint has left args.json and log.txt.
+    A run that was interrupted before its first checkpoint has left args.json and log.txt.
     """
     if (folder / "paths.csv").exists():
         raise UserError(f"{folder} is the folder of a search; take another --exp_name")

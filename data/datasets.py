@@ -195,7 +195,7 @@ def _list_images(
     if not folder.is_dir():
         needs = "--data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)"
         raise UserError(f"no folder {folder}; {needs}")
-    hidden = ".", "__"  # as of tools: .ipynb_checkpoints, __MACOSX
+    hidden = ".", "__"  # left by tools: .ipynb_checkpoints, __MACOSX
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(hidden)]
     if dead := [entry.path for entry in entries if not os.path.exists(entry.path)]:
         raise UserError(f"{dead[0]} is a link to nothing")
@@ -234,5 +234,5 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     for channel in images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         means.append((share @ levels).item())
-        deviations.append((share @ (levels - means[-1]) ** 2).sqrt().item() or 1.0)  # if empty
+        deviations.append((share @ (levels - means[-1]) ** 2).sqrt().item() or 1.0)  # if constant
     return tuple(means), tuple(deviations)

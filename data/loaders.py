@@ -69,7 +69,7 @@ class Batches:
         return batches
 
     def steps(self) -> int:
-        """Batches of a training epoch; an incomplete last one is dropped, unless it is the only."""
+        """Batches of a training epoch; an incomplete last one is dropped unless it is alone."""
         return max(1, len(self.labels) // self.batch_size)
 
     def epoch(self, seed: int, epoch: int, cutout_length: int = 0) -> Iterator[Batch]:

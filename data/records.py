@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +21,7 @@ BASELINE = -1  # the generation of the single-block networks
 
 def parse_choice(text: str) -> tuple[int, ...]:
     """The numbers of a choice like 1-0-3-...; raises ValueError for another text."""
-    if not text.replace("-", "").isdecimal():
+    if not re.fullmatch(r"\d+(-\d+)*", text):
         raise ValueError("it is neither a choice like 1-0-3-... nor an existing file")
     return tuple(map(int, text.split("-")))
 
@@ -159,7 +160,8 @@ def standard_error(accuracy: float, images: int) -> float:
 def statistics(rows: Sequence[Scored], images: int) -> dict:
     """Summary of the random draws among the rows; None where a number is not defined.
 
-    images: how many every architecture was scored on. Accuracies are in percent.
+    images: how many every architecture was scored on. Accuracies are in percent. "undefined" counts
+    the scores of all rows that are not finite.
     """
     drawn = best_first([row for row in rows if row.generation == 0], "accuracy")
     accuracies = [row.accuracy for row in drawn]

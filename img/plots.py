@@ -2,7 +2,8 @@
 
 `python img/plots.py FILE.csv ...` redraws the pictures of each file beside it. With the paths.csv
 of a search and the result.json of architectures that were trained alone, it also draws how well the
-one predicts the other. Without a file it redraws single_path.png.
+one predicts the other, and with --truth FILE.json truth.png, how well the scores predict a
+benchmark. Without a file it redraws single_path.png.
 """
 
 import argparse
@@ -222,6 +223,8 @@ def plot_standalone(
     """
     best = best_first(rows, by)[0]
     scored = [row for row in rows if row.choice in alone and math.isfinite(row.loss)]
+    if not scored:
+        raise UserError("no result.json is of an architecture in that paths.csv")
     drawn = [row for row in scored if row.generation == 0 and row.choice != best.choice]
     singles = [row for row in scored if row.generation == BASELINE]
     kinds = ("random", BLUE, "o", drawn), ("single block", GREEN, "^", singles)

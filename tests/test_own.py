@@ -130,6 +130,10 @@ def in_place(inputs, outputs, stride, affine):
     return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(inputs, outputs, 1, stride))
 
 
+def raises(inputs, outputs, stride, affine):
+    return nn.Conv2d(inputs, outputs, 1, groups=7)
+
+
 def wrong_width(inputs, outputs, stride, affine):
     return nn.Conv2d(7, outputs, 1, stride)
 
@@ -140,8 +144,9 @@ def wrong_width(inputs, outputs, stride, affine):
         ("no_stride", no_stride, "candidate no_stride, layer 1: .*not \\(1, 16, 4, 4\\)"),
         ("in_place", in_place, "candidate in_place, layer 0: it changes its input"),
         ("wrong_width", wrong_width, "candidate wrong_width, layer 0: .*channels"),
-        ("mb3.5", no_stride, "candidate 'mb3.5': .*can't contain"),
-        ("number", lambda *shape: 3, "candidate 'number': .*not a Module"),
+        ("raises", raises, "candidate 'raises', layer 0: in_channels must be divisible"),
+        ("mb3.5", no_stride, "candidate 'mb3.5', layer 0: .*can't contain"),
+        ("number", lambda *shape: 3, "candidate 'number', layer 0: .*not a Module"),
     ],
 )
 def test_a_broken_contract_is_one_line_before_any_work(

@@ -189,7 +189,8 @@ def test_a_continuation_takes_the_runs_settings_but_may_work_in_another_way(run)
 
 def test_without_a_checkpoint_a_continuation_starts_and_says_so(alone):
     log = (alone.folder / "log.txt").read_text()
-    places = [log.index(t) for t in ("no checkpoint yet", "epoch 1/2", "resuming after epoch 1")]
+    texts = "no checkpoint: a new run", "epoch 1/2", "resuming after epoch 1"
+    places = [log.index(text) for text in texts]
     assert places == sorted(places)
 
 
