@@ -120,7 +120,7 @@ def plot_histogram(rows: Sequence[Scored], path: Path, split: str, names: Sequen
     plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%", names)
     _, noise = records.reliability(drawn, "accuracy")
     bars = [("spread", accuracies.std(ddof=1) if len(drawn) > 1 else 0, BLUE)]
-    bars += [("of which noise of the images", noise, GREY)] if noise is not None else []
+    bars += [("of which sampling noise", noise, GREY)] if noise is not None else []
     for i, (name, std, colour) in enumerate(bars):
         style = {"color": colour, "capsize": 3, "label": f"{name}: std {std:.2f}"}
         axis.errorbar(np.mean(accuracies), top * (1.08 + 0.09 * i), xerr=std, **style)
