@@ -101,12 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = utils.on_rank_zero(lambda: records.read_rows(record))
             before = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
         elif not args.overwrite and utils.rank() == 0:
-            # A search that was interrupted before its first score has left args.json and log.txt.
-            own = utils.is_record(folder / "args.json", "checkpoint")
-            files = [name for name in SEARCH_FILES if (folder / name).exists()]
-            files = [name for name in files if not (own and name in ("args.json", "log.txt"))]
+            files = utils.files_to_keep(folder, SEARCH_FILES, "checkpoint")
             if files:
-                raise UserError(f"{folder / files[0]} exists; --overwrite deletes it")
+                raise UserError(f"{files[0]} exists; --overwrite deletes it")
         now = {"checkpoint": supernet["sha256"]}
         now |= {name: trained[name] for name in ("space", "space_layout")}
         parser.set_defaults(data_dir=trained["data_dir"])

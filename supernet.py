@@ -311,18 +311,13 @@ def train(
 
 
 def check_folder(folder: Path, args: Namespace) -> None:
-    """Raises UserError if the folder holds files that the command would delete unasked.
-
-    A run that was interrupted before its first checkpoint has left args.json and log.txt.
-    """
+    """Raises UserError if the folder holds files that the command would delete unasked."""
     if (folder / "paths.csv").exists():
         raise UserError(f"{folder} is the folder of a search; take another --exp_name")
-    begun = utils.is_record(folder / "args.json", "exp_name")
-    files = [n for n in RUN_FILES if (folder / n).exists()]
-    files = [n for n in files if not (begun and n in ("args.json", "log.txt"))]
+    files = utils.files_to_keep(folder, RUN_FILES, "exp_name")
     if files and not args.overwrite and not (args.resume and (folder / "last.pth").exists()):
         advice = "--resume continues from a last.pth, --overwrite deletes the run"
-        raise UserError(f"{folder / files[0]} exists: {advice}; or take another --exp_name")
+        raise UserError(f"{files[0]} exists: {advice}; or take another --exp_name")
 
 
 def lost(file: Path) -> bool:

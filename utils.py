@@ -290,12 +290,16 @@ def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
         yield
 
 
-def is_record(path: Path, key: str) -> bool:
-    """Whether there is a JSON object with that key."""
+def files_to_keep(folder: Path, names: Iterable[str], key: str) -> list[Path]:
+    """The files of those names that a new run or search must not delete unasked.
+
+    One that was interrupted before its first result has left log.txt and an args.json with `key`.
+    """
     try:
-        return key in read_json(path)
-    except (OSError, UserError):
-        return False
+        own = {"args.json", "log.txt"} if key in read_json(folder / "args.json") else set()
+    except (OSError, UserError):  # there is none, or it is somebody else's
+        own = set()
+    return [folder / name for name in names if (folder / name).exists() and name not in own]
 
 
 def write_json(path: Path, content: dict) -> None:
