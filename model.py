@@ -116,17 +116,12 @@ class Supernet(nn.Module):
         self.initialise(init or defaults(image_size)["init"])
 
     def initialise(self, init: str) -> None:
-        """Draws new weights: "identity" or "official".
+        """Draws new weights (img/README.md, "Initial weights").
 
-        "identity": every output channel begins as a copy of one input channel, the input channels
-        in turn where there are more outputs, plus normal noise of deviation NOISE / sqrt(inputs of
-        a filter). So every candidate at first standardises and rectifies each channel by itself:
-        all paths nearly agree, and no layer scrambles the input of the classifier. Similar to
-        DiracNets (Zagoruyko and Komodakis, arXiv 1706.00388). "official": normal, of deviation
-        1 / (inputs per group). Random paths agree on little, and the shared weights learn slowly
-        (img/README.md, "Initial weights").
-
-        The stem is normal with deviation 1/3, "official" 0.01; the classifier 0.01 in both.
+        "official": normal, of deviation 1 / (inputs per group); the stem 0.01. "identity": each
+        output channel is a copy of an input channel, in turn, plus normal noise of deviation
+        NOISE / sqrt(inputs of a filter), similar to DiracNets (arXiv 1706.00388): all paths nearly
+        agree at first. The stem is normal with deviation 1/3. The classifier has 0.01 in both.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -167,18 +162,15 @@ class Supernet(nn.Module):
         """Takes the weights of this network, which is built with a choice, from a supernet's state.
 
         BatchNorm's scales and shifts, which a supernet lacks, stay as they are. Raises ValueError
-        if any other entry is missing, or if one is left over that belongs to no candidate.
+        if another entry is missing.
         """
-        layers = enumerate(self.layers)
-        off_path = tuple(
-            f"layers.{i}.{n}." for i, layer in layers for n in self.names if n not in layer
-        )
-        on_path = {key: value for key, value in state.items() if not key.startswith(off_path)}
-        missing, unexpected = self.load_state_dict(on_path, strict=False)
-        norms = [n for n, module in self.named_modules() if hasattr(module, "running_mean")]
+        own = self.state_dict()
+        on_path = {key: value for key, value in state.items() if key in own}
+        missing, _ = self.load_state_dict(on_path, strict=False)
+        norms = [name for name, m in self.named_modules() if hasattr(m, "running_mean")]
         scales = {f"{name}.{parameter}" for name in norms for parameter in ("weight", "bias")}
-        if wrong := [key for key in missing if key not in scales] + unexpected:
-            raise ValueError(f"the weights of {len(wrong)} entries do not fit, as {wrong[:3]}")
+        if lacking := [key for key in missing if key not in scales]:
+            raise ValueError(f"it lacks {', '.join(lacking[:3])}")
 
 
 class Head(nn.Module):
@@ -204,8 +196,7 @@ class Classifier(nn.Module):
     def __init__(self, path: nn.Sequential, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.path = path
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in (mean, std))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.path((images.float() / 255 - self.mean) / self.std)
@@ -277,13 +268,10 @@ class SearchSpace:
     within limits are counted, and drawn exactly uniformly. Raises ValueError if there are none.
     """
 
-    def __init__(
-        self, model: Supernet, min_flops: float | None = None, max_flops: float | None = None
-    ):
+    def __init__(self, model: Supernet, low: float | None = None, high: float | None = None):
         self.model, self.options = model, model.options
-        self.limited = min_flops is not None or max_flops is not None
-        self.low = -math.inf if min_flops is None else min_flops
-        self.high = math.inf if max_flops is None else max_flops
+        self.limited = low is not None or high is not None
+        self.low, self.high = low or 0, math.inf if high is None else high
         if self.limited and not self.size:
             fixed, totals = self.costs[0], self._sums[0][0]
             ends = f"from {(fixed + totals[0]) / 1e6} to {(fixed + totals[-1]) / 1e6} million"
@@ -347,7 +335,7 @@ class SearchSpace:
         Raises ValueError, with candidate and layer, if a block breaks the contract of CANDIDATES.
         """
         model, layers, known = self.model, [], {}
-        x = torch.zeros(1, 3, model.image_size, model.image_size, device="meta")
+        x = torch.zeros(1, 3, model.image_size, model.image_size)
         fixed, x = multiply_adds(model.stem, x)
         for i, (channels, stride) in enumerate(model.space.layers):
             side = -(-x.shape[-1] // stride)
@@ -360,16 +348,15 @@ class SearchSpace:
                         known[key] = multiply_adds(model.layers[i][name], x)
                     found[number], y = known[key]
                     if y.shape != expected:
-                        raise ValueError(
-                            f"{tuple(x.shape)} becomes {tuple(y.shape)}, not {expected}"
-                        )
+                        shapes = f"{tuple(x.shape)} becomes {tuple(y.shape)}"
+                        raise ValueError(f"{shapes}, not {expected}")
                     if x._version != version:
                         raise ValueError("it changes its input")
                 except Exception as error:  # of a user's own block
                     reason = str(error).strip().partition("\n")[0]
                     raise ValueError(f"candidate {name}, layer {i}: {reason}") from None
             layers.append(found)
-            x = torch.zeros(expected, device="meta")
+            x = torch.zeros(expected)
         last, _ = multiply_adds(model.last, x)
         return fixed + last + model.head.classifier.weight.numel(), layers
 
@@ -395,19 +382,9 @@ class SearchSpace:
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Multiply-adds of a module for `x` on the meta device, and its output.
-
-    A module whose control flow depends on values is run on the CPU.
-    """
-    module = copy.deepcopy(module).to("meta").eval()
+    """Multiply-adds of a module for `x` on the CPU, and its output."""
+    module = copy.deepcopy(module).cpu().eval()
     module.__dict__.pop("forward", None)  # of a captured block; it would replay the block's graph
-
-    def run(x: Tensor) -> tuple[int, Tensor]:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            y = module.to_empty(device=x.device)(x)
-        return counter.get_total_flops() // 2, y  # PyTorch counts a multiply-add as two
-
-    try:
-        return run(x)
-    except (RuntimeError, NotImplementedError):
-        return run(torch.zeros(x.shape, device="cpu"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        y = module(x)
+    return counter.get_total_flops() // 2, y  # PyTorch counts a multiply-add as two

@@ -4,13 +4,12 @@ Guo et al., arXiv 1904.00420, section 3.3: before a path is scored, BatchNorm's 
 recomputed for it. Random search, and with --generations evolution beside it.
 """
 
-import argparse
 import copy
 import math
 import random
 import shlex
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ BRED_BY = ["population", "parents", "mutation_prob", "rank_by"]
 MAY_GROW = ["num_paths", "generations"]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = utils.new_parser("Scores architectures with a trained supernet's weights.")
     add, limit = parser.add_argument, number(float, 0, 1e5)
@@ -66,28 +65,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_supernet(ckpt: str | None) -> dict:
     """The checkpoint with that path or in that run's folder, or of the newest supernet in runs/."""
-    path = Path(ckpt) if ckpt else newest_supernet(Path("runs"))
+    if ckpt is None:
+        runs = [path.parent for path in Path("runs").glob("*/last.pth")]
+        runs = [run for run in runs if (run / "args.json").exists()]
+        runs = [run for run in runs if utils.read_json(run / "args.json").get("choice") is None]
+        if not runs:
+            raise UserError("no supernet in runs/*/last.pth; train one, or give --ckpt PATH")
+        ckpt = max(runs, key=lambda run: (run / "last.pth").stat().st_mtime)
+    path = Path(ckpt)
     supernet = records.load_checkpoint(path / "last.pth" if path.is_dir() else path)
     if supernet["args"]["choice"] is not None:
         raise UserError(f"{supernet['path']} holds a single architecture, not a supernet")
     return supernet
 
 
-def newest_supernet(runs: Path) -> Path:
-    """The newest checkpoint of a supernet below a folder of runs."""
-    paths = [path for path in runs.glob("*/last.pth") if path.with_name("args.json").exists()]
-    paths = [p for p in paths if utils.read_json(p.with_name("args.json")).get("choice") is None]
-    if not paths:
-        raise UserError(f"no supernet in {runs}/*/last.pth; train one, or give --ckpt PATH")
-    return max(paths, key=lambda path: path.stat().st_mtime)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a search or the rest of one, scores, and reports."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    ckpt = args.ckpt
-    supernet = utils.on_rank_zero(lambda: load_supernet(ckpt))
+    supernet = utils.on_rank_zero(lambda: load_supernet(args.ckpt))
     path, trained, data = Path(supernet["path"]), supernet["args"], supernet["data"]
     # A checkpoint that is not the last.pth of a run, such as a download, is searched in runs/.
     run = path.parent if path.name == "last.pth" else Path("runs", path.stem)
@@ -134,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             _ = space.costs  # checks the contract of the candidates
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-        model.to(device, memory_format=utils.memory_format(device, args.precision))
         dataset = load_dataset(data["name"], args.data_dir, data["image_size"], args.workers)
         dataset.check_same(data, str(path))
         how = device, args.workers, args.precision
@@ -142,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scored = test = Batches(dataset, dataset.test, args.batch_size, *how)
         if args.split == "search":
             scored = Batches(dataset, dataset.search, args.batch_size, *how)
+        model.to(device, memory_format=scored.memory_format)
         scorer = Scorer(model, calibration, scored)
 
         if utils.rank() == 0:
@@ -223,8 +219,7 @@ class Scorer:
             if self.calibration is not None:
                 for norm in self.norms:
                     norm.train()
-                batches = utils.progress(self.calibration, "calibrating", len(self.calibration))
-                for i, (x, _) in enumerate(batches, start=1):
+                for i, (x, _) in enumerate(utils.progress(self.calibration, "calibrating"), 1):
                     tree.calibrate(x, i)
             self.model.eval()
             sums, start = [], 0
@@ -237,7 +232,7 @@ class Scorer:
                 columns = hits.sum(1), hits[:, half].sum(1), losses.sum(1), losses[:, half].sum(1)
                 sums.append(torch.stack(columns, dim=1))
                 start += len(y)
-            totals = torch.stack(sums).cpu().double().sum(0)  # the only synchronisation
+            totals = torch.stack(sums).cpu().double().sum(0)
         counts = torch.tensor([start, max(1, start // 2)]).repeat(2)
         scores = (totals / counts * torch.tensor([100, 100, 1, 1])).tolist()
         names = "accuracy", "half_accuracy", "loss", "half_loss"
@@ -247,10 +242,9 @@ class Scorer:
         """Lets blocks replay CUDA graphs if the paths repay it; returns a line for the log."""
         if self.calibration is None:
             return "not used: no BatchNorm recalibration"
-        batches = len(self.calibration)
-        images = self.calibration.blank(len(self.calibration.labels) // batches)
+        batches = paths * len(self.calibration) // utils.world_size()
         with torch.inference_mode(), utils.autocast(self.precision, self.scored.device):
-            return capture_blocks(self.model, images, paths * batches // utils.world_size())
+            return capture_blocks(self.model, self.calibration.blank(), batches)
 
 
 def search(
@@ -286,7 +280,7 @@ def search(
             rows += new
             rows.sort(key=lambda row: (row.generation, row.index))
             if utils.rank() == 0:
-                records.write_rows(record, rows)
+                records.write_csv(record, [row.as_json() for row in rows])
             done += len(new)
             pace = (time.monotonic() - start) / done
             left = pace * (total - done + (args.generations - generation) * args.population)
@@ -382,6 +376,7 @@ def report(
     if not any(row.generation == 0 for row in order):
         raise UserError(f"no random path has a finite loss: {supernet['path']} is broken")
     best, numbers, data = order[0], records.statistics(rows, images), supernet["data"]
+    text = {n: "not defined" if x is None else f"{x:.2f}" for n, x in numbers.items()}
     error = records.standard_error(best.accuracy, images)
     names = args.space_layout["candidates"]
     numbers["baselines"] = {names[row.choice[0]]: row.accuracy for row in singles}
@@ -401,19 +396,14 @@ def report(
         found["top"] = [row.as_json() | {"test_accuracy": tested[row.choice]} for row in top]
         utils.write_json(folder / "search.json", found)
     (folder / "evolution.png").unlink(missing_ok=True)  # drawn again if there are generations
-    draw(plot_search, rows, folder, args.split, args.rank_by, names)
-
-    def text(name: str) -> str:
-        return "not defined" if numbers[name] is None else f"{numbers[name]:.2f}"
-
-    log.info(
-        f"scores       {numbers['paths']} random paths, {args.split} split of {images:,} images"
-    )
-    log.info(f"             best {text('best')}%, median {text('median')}%, worst {text('worst')}%")
-    log.info(f"             std {text('spread')} ({text('noise')} from sampling the images)")
+    draw(plot_search, rows, folder, vars(args))
+    scored_on = f"{args.split} split of {images:,} images"
+    log.info(f"scores       {numbers['paths']} random paths, {scored_on}")
+    log.info(f"             best {text['best']}%, median {text['median']}%, worst {text['worst']}%")
+    log.info(f"             std {text['spread']}, of which sampling noise {text['noise']}")
     if numbers["undefined"]:
         log.info(f"             {numbers['undefined']} scores are not finite and left out")
-    log.info(f"reliability  {text('reliability')} by accuracy, {text('loss_reliability')} by loss")
+    log.info(f"reliability  {text['reliability']} by accuracy, {text['loss_reliability']} by loss")
     for name, accuracy in numbers["baselines"].items():
         log.info(f"baseline     {accuracy:.2f}%, all {name}")
     if own:

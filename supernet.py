@@ -3,14 +3,12 @@
 Guo et al., arXiv 1904.00420, section 3.2: every step draws one path uniformly and trains only that.
 """
 
-import argparse
-import copy
 import math
 import os
 import shlex
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 import utils
 from blocks import capture_blocks, release_blocks
@@ -27,17 +26,7 @@ from data import records
 from data.datasets import IMAGE_SIZES, ImageData, load_dataset
 from data.loaders import Batches
 from img.plots import draw, plot_training
-from model import (
-    INITS,
-    SPACES,
-    Choice,
-    Classifier,
-    SearchSpace,
-    Space,
-    Supernet,
-    defaults,
-    tracked_norms,
-)
+from model import INITS, SPACES, Choice, Classifier, SearchSpace, Supernet, defaults, tracked_norms
 from utils import UserError, log, number
 
 # CIFAR-10's recipe is that of ShunLu91/Single-Path-One-Shot-NAS at 6940c9b, as it was meant, with a
@@ -59,16 +48,11 @@ EVALUATION_BATCH = 250
 CHECK_EVERY = 100  # steps between two checks of the loss, which synchronise with the device
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser; defaults that depend on other flags come from `parse_args`."""
     parser = utils.new_parser("Trains the supernet, or with --choice one architecture alone.")
     add = parser.add_argument
-    add(
-        "--exp_name",
-        type=utils.name,
-        default="spos_cifar10",
-        help="name of the run's folder, OUT_DIR/EXP_NAME",
-    )
+    add("--exp_name", type=utils.name, default="spos_cifar10", help="the run's folder in OUT_DIR")
     add("--out_dir", type=utils.path, default="runs", help="parent folder of the runs")
     add("--dataset", choices=list(IMAGE_SIZES), help="data set; digits needs no download")
     add("--data_dir", type=utils.absolute_path, help="where the data set is, or is downloaded to")
@@ -121,13 +105,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     before, found = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}, {}
     if os.path.isfile(given.choice or ""):
         found = utils.read_json(Path(given.choice))
-        try:
-            argv += ["--choice", found["choice"]]  # the file stands for the choice in it
-            names = "dataset", "data_dir", "image_size", "space"
-            before = {name: found[name] for name in names}
-            before["supernet_accuracy"] = found["accuracy"]
-        except KeyError as error:
-            raise UserError(f"{given.choice} is no search.json: it lacks {error}") from None
+        if "accuracy" not in found:
+            raise UserError(f"{given.choice} is no search.json: it lacks 'accuracy'")
+        argv += ["--choice", found["choice"]]  # the file stands for the choice in it
+        before = {name: found[name] for name in ("dataset", "data_dir", "image_size", "space")}
+        before["supernet_accuracy"] = found["accuracy"]
     asked = {name: value for name, value in vars(given).items() if value is not None}
     parser.set_defaults(**recipe(before | asked) | before)
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
@@ -185,9 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (folder / name).unlink(missing_ok=True)
         utils.open_log(folder / "log.txt")
         if args.resume:
-            log.info(
-                f"resuming after epoch {len(rows)}" if checkpoint else "no checkpoint: a new run"
-            )
+            log.info(f"resuming after epoch {len(rows)}" if checkpoint else "no checkpoint yet")
         about = {"torch": torch.__version__, "device_name": utils.describe_device(device)}
         log.info(f"device    {about['device_name']}, {args.precision}, torch {about['torch']}")
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in batches.items())
@@ -197,30 +177,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info(f"data      {note}")
         kind = "supernet" if args.choice is None else f"architecture {args.choice}"
         count, weights = sum(p.numel() for p in model.parameters()), args.init or args.init_from
-        log.info(
-            f"network   {args.space}, {kind}, {count:,} parameters, initial weights: {weights}"
-        )
+        kind = f"{args.space}, {kind}, {count:,} parameters"
+        log.info(f"network   {kind}, initial weights: {weights}")
         if utils.rank() == 0:
             utils.write_json(folder / "args.json", vars(args) | about)
 
-        train(model, batches, optimizer, args, rows, dataset.metadata())
+        train(model, batches, optimizer, args, rows)
         if args.choice is None:
             command = ["python", "random_search.py", "--ckpt", str(folder / "last.pth")]
             log.info(f"next: {shlex.join(command)}")
             return
-        if utils.on_rank_zero(lambda: lost(folder / "result.json")):
-            test(folder / "result.json", model, batches["test"], args)
-        if utils.rank() == 0 and lost(folder / "model.pt2"):
+        test(folder / "result.json", model, batches["test"], args)
+        if utils.rank() == 0:
             export(folder / "model.pt2", model, records.parse_choice(args.choice), dataset)
 
 
 def train(
-    model: Supernet,
-    batches: dict[str, Batches],
-    optimizer: torch.optim.SGD,
-    args: Namespace,
-    rows: list[dict],
-    metadata: dict,
+    model: Supernet, batches: dict[str, Batches], optimizer: SGD, args: Namespace, rows: list[dict]
 ) -> None:
     """Trains the epochs that `rows` lacks; each adds a row, a checkpoint and a line of the log.
 
@@ -231,12 +204,10 @@ def train(
     validated_on = "search split" if stand_alone else "random paths"
     if not stand_alone:
         log.info("validation: random paths, augmented images, batch statistics (to monitor only)")
-    graphs = "not used: --no_cuda_graphs"
+    graphs, steps_left = "not used: --no_cuda_graphs", steps * (args.epochs - first_epoch)
     if not args.no_cuda_graphs:
-        count = min(args.batch_size, len(images.labels)) // utils.world_size()
         with utils.autocast(args.precision, images.device):
-            steps_left = steps * (args.epochs - first_epoch)
-            graphs = capture_blocks(model, images.blank(count), steps_left)
+            graphs = capture_blocks(model, images.blank(utils.world_size()), steps_left)
     log.info(f"graphs    {graphs}")
     network = model
     if utils.world_size() > 1:
@@ -244,7 +215,7 @@ def train(
         network = DistributedDataParallel(model, find_unused_parameters=True)
         network.broadcast_buffers = False  # once an epoch is enough, see below
     if rows and utils.rank() == 0:  # a kill or a copy may have lost these files
-        records.write_csv(folder / "metrics.csv", rows, records.METRICS)
+        records.write_csv(folder / "metrics.csv", rows)
         draw(plot_training, rows, folder / "training.png", validated_on)
     start = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
@@ -296,9 +267,10 @@ def train(
         # Record. A checkpoint holds the whole table, so a kill between two files loses nothing.
         if utils.rank() == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"epoch": epoch + 1, "args": vars(args), "data": metadata, "metrics": rows}
+            state |= {"epoch": epoch + 1, "args": vars(args), "metrics": rows}
+            state["data"] = images.dataset.metadata()
             records.save_checkpoint(folder / "last.pth", state)
-            records.write_csv(folder / "metrics.csv", rows, records.METRICS)
+            records.write_csv(folder / "metrics.csv", rows)
             if (epoch + 1) % max(1, args.epochs // 50) == 0 or last_epoch:
                 draw(plot_training, rows, folder / "training.png", validated_on)
         line = f"epoch {epoch + 1:{len(str(args.epochs))}}/{args.epochs}  lr {row['lr']:.5f}"
@@ -318,11 +290,6 @@ def check_folder(folder: Path, args: Namespace) -> None:
     if files and not args.overwrite and not (args.resume and (folder / "last.pth").exists()):
         advice = "--resume continues from a last.pth, --overwrite deletes the run"
         raise UserError(f"{files[0]} exists: {advice}; or take another --exp_name")
-
-
-def lost(file: Path) -> bool:
-    """Whether a file of a finished run is missing or empty."""
-    return not file.exists() or not file.stat().st_size
 
 
 def load_batches(dataset: ImageData, args: Namespace, device: torch.device) -> dict[str, Batches]:
@@ -349,8 +316,7 @@ def load_batches(dataset: ImageData, args: Namespace, device: torch.device) -> d
 
 def new_network(classes: int, args: Namespace) -> Supernet:
     """A network with initial weights; raises ValueError if --choice is none of the space."""
-    choice = None if args.choice is None else records.parse_choice(args.choice)
-    space = Space(**args.space_layout)
+    choice, space = args.choice and records.parse_choice(args.choice), SPACES[args.space]
     return Supernet(classes, args.image_size, choice is not None, choice, args.init, space)
 
 
@@ -383,13 +349,13 @@ def build_model(dataset: ImageData, args: Namespace, checkpoint: dict | None) ->
     return model
 
 
-def build_optimizer(model: Supernet, args: Namespace, checkpoint: dict | None) -> torch.optim.SGD:
+def build_optimizer(model: Supernet, args: Namespace, checkpoint: dict | None) -> SGD:
     """SGD, with the momentum of a checkpoint; BatchNorm's scales and shifts do not decay."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights}, {"params": scales, "weight_decay": 0.0}]
     settings = {"lr": args.learning_rate, "momentum": args.momentum}
-    optimizer = torch.optim.SGD(groups, **settings, weight_decay=args.weight_decay, fused=True)
+    optimizer = SGD(groups, **settings, weight_decay=args.weight_decay, fused=True)
     # Fused SGD needs all momentum buffers or none; zeros are equivalent to none.
     for weight in weights + scales:
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -440,7 +406,7 @@ def evaluate(
 
 def export(file: Path, model: Supernet, choice: Choice, dataset: ImageData) -> None:
     """Writes a network that torch alone loads and runs: uint8 (N, 3, S, S) -> logits, for any N."""
-    network = Classifier(copy.deepcopy(model.path(choice)), dataset.mean, dataset.std)
+    network = Classifier(model.path(choice), dataset.mean, dataset.std)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()
     images = torch.zeros(2, 3, model.image_size, model.image_size, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("N")},)

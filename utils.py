@@ -61,9 +61,6 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-# Flags
-
-
 def name(text: str) -> str:
     """An argparse type: a text that is not empty, as an unset shell variable is."""
     if not text:
@@ -96,14 +93,9 @@ def number(kind: type, low: float = -math.inf, high: float = 1e9) -> Callable[[s
 
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of both scripts; the caller adds --help once defaults are known."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    affinity = getattr(os, "sched_getaffinity", None)  # the CPUs of this process, on Linux
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add, workers = parser.add_argument, min(4, cpus)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     add("--device", default="auto", help="auto: an accelerator if there is one, else the CPU")
@@ -121,11 +113,8 @@ def check_unchanged(before: dict, now: dict, names: Iterable[str], what: str, ad
             raise UserError(f"{what} has {values}; {advice}")
 
 
-# Ranks: the processes that torchrun started together; without it there is one, rank 0
-
-
 def rank() -> int:
-    """The number of this process."""
+    """The number of this process among those that torchrun started together; else 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -154,9 +143,6 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# Random streams
-
-
 def named_rng(seed: int, name: str) -> random.Random:
     """Random numbers for one named use, independent of every other use."""
     return random.Random(f"{seed} {name}")
@@ -165,9 +151,6 @@ def named_rng(seed: int, name: str) -> random.Random:
 def generator(seed: int, name: str) -> torch.Generator:
     """Like `named_rng`, for tensors; on the CPU, so that every device draws the same."""
     return torch.Generator().manual_seed(named_rng(seed, name).getrandbits(63))
-
-
-# Devices
 
 
 def pick_device(name: str) -> torch.device:
@@ -205,12 +188,6 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if bf16 else "fp32"
 
 
-def memory_format(device: torch.device, precision: str) -> torch.memory_format:
-    """Channels last for oneDNN and tensor cores, NCHW for CUDA's fp32 depthwise kernels."""
-    channels_last = device.type == "cpu" or precision == "bf16"
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Mixed precision for "bf16", which has the range of fp32, so that no loss is scaled.
 
@@ -218,9 +195,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """
     enabled = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
-
-
-# Logging
 
 
 def open_log(file: Path | None = None) -> None:
@@ -237,7 +211,7 @@ def open_log(file: Path | None = None) -> None:
             log.addHandler(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
 
 
-def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
     """The same items, with a progress bar on a terminal."""
     hidden = True if rank() > 0 or sys.stderr is None else None  # None: unless on a terminal
     return tqdm(items, title, total, leave=False, disable=hidden)
@@ -246,9 +220,6 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 0:05:51."""
     return str(timedelta(seconds=round(seconds)))
-
-
-# Files
 
 
 @contextmanager
@@ -269,10 +240,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, timeout: float = 0) -> Iterator[None]:
-    """Makes and locks a folder; raises UserError if another process has locked it.
+    """Makes and locks a folder; raises UserError if another process keeps it locked.
 
-    timeout: seconds to wait for the other process; negative: until it ends. Without waiting, only
-    rank 0 locks, since it alone writes.
+    timeout: seconds to wait; negative: for ever; 0: only rank 0 locks, since it alone writes.
     """
     if rank() > 0 and timeout == 0:
         yield
@@ -317,9 +287,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
-
-
-# Memory
 
 
 def keep_freed_memory() -> None:

@@ -76,10 +76,7 @@ class ImageData:
         return {name: getattr(self, name) for name in names} | {"images": sizes}
 
     def check_same(self, metadata: dict, owner: str) -> None:
-        """Takes mean and std from metadata; raises UserError if they are of other data.
-
-        owner: a checkpoint or a rank.
-        """
+        """Takes mean and std from the owner's metadata; raises UserError if it has other data."""
         names, advice = metadata.keys() - {"mean", "std"}, "--data_dir must hold the same data"
         check_unchanged(metadata, self.metadata(), names, f"the data of {owner}", advice)
         self.mean, self.std = metadata["mean"], metadata["std"]
@@ -188,10 +185,7 @@ def _folders(name: str, root: Path, image_size: int, workers: int) -> ImageData:
 def _list_images(
     folder: Path, notes: list[str], classes: list[str] | None = None
 ) -> tuple[list[str], Split]:
-    """The classes of a folder and its image files; `classes`: those of the training folder.
-
-    Adds to `notes`. Raises UserError if the folder holds no images, or other classes.
-    """
+    """The classes of a folder and its image files, only of `classes` if those are given."""
     if not folder.is_dir():
         needs = "--data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)"
         raise UserError(f"no folder {folder}; {needs}")

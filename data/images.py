@@ -44,10 +44,7 @@ class ImageFiles(Dataset):
 
 
 def evaluation_transform(image_size: int) -> v2.Transform:
-    """Resizes the shorter side and crops the centre: 224 out of 256, as is usual on ImageNet.
-
-    Small images are not cropped.
-    """
+    """Resizes the shorter side and crops the centre: of large images 224 out of 256, as usual."""
     side = image_size if image_size <= RESIDENT_PIXELS else image_size * 256 // 224
     return v2.Compose([v2.Resize(side), v2.CenterCrop(image_size), v2.PILToTensor()])
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from data.augment import crop_and_flip, cutout, normalise
 from data.datasets import ImageData, Split
 from data.images import ImageFiles, evaluation_transform, training_transform
-from utils import generator, memory_format, rank, world_size
+from utils import generator, rank, world_size
 
 Batch = tuple[Tensor, Tensor]
 
@@ -22,13 +22,8 @@ class Batches:
     """The batches of one split: normalised images (N, 3, S, S) and labels (N,), on the device.
 
     Small images live on the device as one uint8 tensor; files are read by worker processes.
-
-    - Iterating yields the split in order, the same on every rank, without augmentation.
-    - `for_this_rank` yields the part of it that belongs to this rank.
-    - `epoch` yields this rank's part of a training epoch, shuffled and augmented.
-    - `augmented` returns batches that are in order and augmented.
-
-    precision: of the network that they are for; it decides the memory format.
+    Iterating yields the split in order, the same on every rank, without augmentation. precision: of
+    the network that they are for; it decides the memory format.
     """
 
     def __init__(
@@ -41,8 +36,10 @@ class Batches:
         precision: str = "fp32",
     ):
         self.dataset, self.batch_size = dataset, batch_size
-        self.device, self.workers = device, workers
-        self.precision, self.memory_format = precision, memory_format(device, precision)
+        self.device, self.workers, self.precision = device, workers, precision
+        # Channels last for oneDNN and tensor cores, NCHW for CUDA's fp32 depthwise kernels.
+        channels_last = device.type == "cpu" or precision == "bf16"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.augment_in_order, self.cutout_length = False, 0
         self.files = None if isinstance(split.images, Tensor) else split.images
         if self.files is None:  # as (N, S, S, 3): the three bytes of a pixel are copied together
@@ -83,9 +80,9 @@ class Batches:
         own = [batch[rank() :: world_size()] for batch in batches]
         yield from self._augmented(order, own, rng, cutout_length)
 
-    def blank(self, count: int) -> Tensor:
-        """A batch of zeros with the device and the memory format of the real ones."""
-        side = self.dataset.image_size
+    def blank(self, ranks: int = 1) -> Tensor:
+        """A rank's part of a batch, of zeros, with device and memory format of the real ones."""
+        side, count = self.dataset.image_size, min(self.batch_size, len(self.labels)) // ranks
         images = torch.zeros(count, 3, side, side, device=self.device)
         return images.contiguous(memory_format=self.memory_format)
 

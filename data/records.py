@@ -55,14 +55,6 @@ class Scored:
         return asdict(self) | {"choice": format_choice(self.choice)}
 
 
-# Tables
-
-
-def write_rows(path: Path, rows: Sequence[Scored]) -> None:
-    """Writes a whole paths.csv."""
-    write_csv(path, [row.as_json() for row in rows], [field.name for field in fields(Scored)])
-
-
 def read_rows(path: Path) -> list[Scored]:
     """The rows of a paths.csv, by generation and index; raises UserError if it is not one."""
     kinds = {field.name: field.type for field in fields(Scored)} | {"choice": parse_choice}
@@ -85,10 +77,10 @@ def read_metrics(path: Path) -> list[dict]:
     return [{name: float(row[name]) if row[name] else None for name in METRICS} for row in rows]
 
 
-def write_csv(path: Path, rows: Sequence[dict], columns: Sequence[str]) -> None:
-    """Writes a whole table; None becomes an empty cell."""
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Writes a whole table with the columns of its first row; None becomes an empty cell."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -103,9 +95,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
     return rows
 
 
-# Checkpoints
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes plain data and tensors; a kill at any moment leaves the old file or the new one."""
     buffer = io.BytesIO()  # torch.save itself reports a full disk as a RuntimeError of its own
@@ -115,10 +104,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, on the CPU, with path and SHA-256 of its file; runs no code from the file.
-
-    Raises UserError for any other file.
-    """
+    """A checkpoint, on the CPU, with path and SHA-256 of its file; UserError for other files."""
     file = path.read_bytes()  # once: a training that goes on may replace it between two reads
     try:
         content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
@@ -130,14 +116,8 @@ def load_checkpoint(path: Path) -> dict:
     return content | {"path": str(path), "sha256": hashlib.sha256(file).hexdigest()}
 
 
-# Rankings
-
-
 def best_first(rows: Sequence[Scored], by: str) -> list[Scored]:
-    """Rows by "accuracy" or "loss", then by the other, then by age.
-
-    Baselines and scores that are not finite are left out.
-    """
+    """Finite scores by "accuracy" or "loss", then by the other, then by age; no baselines."""
 
     def key(row: Scored) -> tuple:
         scores = -row.accuracy, row.loss
@@ -158,11 +138,7 @@ def standard_error(accuracy: float, images: int) -> float:
 
 
 def statistics(rows: Sequence[Scored], images: int) -> dict:
-    """Summary of the random draws among the rows; None where a number is not defined.
-
-    images: how many every architecture was scored on. Accuracies are in percent. "undefined" counts
-    the scores of all rows that are not finite.
-    """
+    """Summary of the random draws, accuracies in percent; None where a number is not defined."""
     drawn = best_first([row for row in rows if row.generation == 0], "accuracy")
     accuracies = [row.accuracy for row in drawn]
     trust, noise = reliability(drawn, "accuracy")
@@ -201,22 +177,15 @@ def reliability(rows: Sequence[Scored], by: str) -> tuple[float | None, float | 
 
 
 def kendall(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """Kendall's tau-b, the rank correlation that corrects for ties; nan if one is constant.
-
-    groups: only pairs within the same group count.
-    """
-    a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
-    if groups is not None:
-        a = a * np.equal.outer(groups, groups)
-        b = b * np.equal.outer(groups, groups)
+    """Kendall's tau-b, nan if one is constant; with groups, of the pairs within the same group."""
+    counted = 1 if groups is None else np.equal.outer(groups, groups)
+    a, b = (np.sign(np.subtract.outer(v, v)) * counted for v in (first, second))
     with np.errstate(invalid="ignore"):
         return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-def kendall_interval(
-    first: np.ndarray, second: np.ndarray, draws: int = 2000
-) -> tuple[float, float]:
+def kendall_interval(a: np.ndarray, b: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     """The middle 95% of Kendall's tau over bootstrap samples of the pairs."""
-    samples = np.random.default_rng(0).integers(len(first), size=(draws, len(first)))
-    taus = [kendall(first[sample], second[sample]) for sample in samples]
+    samples = np.random.default_rng(0).integers(len(a), size=(draws, len(a)))
+    taus = [kendall(a[sample], b[sample]) for sample in samples]
     return tuple(np.nanpercentile(taus, [2.5, 97.5]))

@@ -27,6 +27,9 @@ from data.records import BASELINE, Scored, best_first, evolution_rows
 from model import SPACES
 from utils import UserError, atomic_write, log, open_log, read_json, run_script
 
+# What holds for a table without an args.json beside it, as img/paths.csv.
+SETTINGS = {"choice": None, "split": "search", "rank_by": "loss"}
+SETTINGS["space_layout"] = vars(SPACES["spos_small"])
 MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -71,22 +74,6 @@ def random_draws(rows: Sequence[Scored]) -> list[Scored]:
     return [row for row in rows if row.generation == 0 and math.isfinite(row.loss)]
 
 
-def plot_baselines(
-    axis: Axes, rows: Sequence[Scored], y: str | float, label: str, names: Sequence[str]
-) -> None:
-    """Hollow markers of the single-block networks, at the column `y` or at a fixed height."""
-    baselines = [row for row in rows if row.generation == BASELINE]
-    for row, marker in zip(baselines, MARKERS, strict=False):
-        at = (row.flops_m, getattr(row, y)) if isinstance(y, str) else (row.accuracy, y)
-        text = label.format(name=names[row.choice[0]], accuracy=row.accuracy)
-        axis.plot(*at, marker, color=GREEN, fillstyle="none", clip_on=False, label=f"all {text}")
-
-
-def side_legend(axis: Axes) -> None:
-    """A legend to the right of the axes, which covers nothing."""
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-
-
 def plot_training(rows: Sequence[dict], path: Path, validated_on: str) -> None:
     """Loss and accuracy against epochs, from the rows of metrics.csv (None: no validation)."""
     figure, axes = new_figure(9, 3.6, columns=2)
@@ -105,8 +92,8 @@ def plot_training(rows: Sequence[dict], path: Path, validated_on: str) -> None:
     save(figure, path)
 
 
-def plot_histogram(rows: Sequence[Scored], path: Path, split: str, names: Sequence[str]) -> None:
-    """Distribution of the random paths' accuracies, beside the noise within the ranking."""
+def plot_histogram(rows: Sequence[Scored], path: Path, split: str) -> None:
+    """Distribution of the random paths' accuracies, and how much of it is noise of the images."""
     drawn = random_draws(rows)
     accuracies = values(drawn, "accuracy")
     median, best = np.median(accuracies), accuracies.max()
@@ -114,19 +101,16 @@ def plot_histogram(rows: Sequence[Scored], path: Path, split: str, names: Sequen
     bins = min(30, max(5, len(drawn) // 8))
     counts, _, _ = axis.hist(accuracies, bins=bins, color=BLUE, alpha=0.75)
     axis.yaxis.get_major_locator().set_params(integer=True)
-    top = counts.max()
     axis.axvline(median, color="black", linestyle="--", label=f"median {median:.2f}%")
     axis.axvline(best, color=ORANGE, label=f"best {best:.2f}%")
-    plot_baselines(axis, rows, -0.04 * top, "{name} {accuracy:.2f}%", names)
     _, noise = records.reliability(drawn, "accuracy")
-    bars = [("spread", accuracies.std(ddof=1) if len(drawn) > 1 else 0, BLUE)]
-    bars += [("of which sampling noise", noise, GREY)] if noise is not None else []
-    for i, (name, std, colour) in enumerate(bars):
-        style = {"color": colour, "capsize": 3, "label": f"{name}: std {std:.2f}"}
-        axis.errorbar(np.mean(accuracies), top * (1.08 + 0.09 * i), xerr=std, **style)
+    if noise is not None:
+        label = f"sampling noise: std {noise:.2f} of {accuracies.std(ddof=1):.2f}"
+        height = 1.07 * counts.max()
+        axis.errorbar(accuracies.mean(), height, xerr=noise, color=GREY, capsize=3, label=label)
     axis.set(xlabel=f"top-1 with the supernet's weights, {split} split (%)", ylabel="architectures")
     axis.set_title(f"{len(drawn):,} random architectures", loc="left")
-    side_legend(axis)
+    axis.legend(frameon=False, loc="upper left")
     save(figure, path)
 
 
@@ -147,12 +131,16 @@ def plot_pareto(
             axis.plot(*points, ".", color=colour, alpha=0.5, label=label)
     corners = values(front, "flops_m"), values(front, "accuracy")
     axis.step(*corners, where="post", color=ORANGE, marker="o", label="front")
-    plot_baselines(axis, rows, "accuracy", "{name}", names)
+    baselines = [row for row in rows if row.generation == BASELINE]
+    for row, marker in zip(baselines, MARKERS, strict=False):
+        style = {"color": GREEN, "fillstyle": "none", "label": f"all {names[row.choice[0]]}"}
+        axis.plot(row.flops_m, row.accuracy, marker, **style)
     best = best_first(rows, by)[0]
     style = {"color": "black", "markersize": 12, "label": f"choice, the best by {by}"}
     axis.plot(best.flops_m, best.accuracy, "*", **style)
     axis.set(xlabel="millions of multiply-adds", ylabel=f"top-1 accuracy, {split} split (%)")
-    side_legend(axis)
+    # Beside the axes, where it covers nothing.
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
 
@@ -201,12 +189,11 @@ def plot_evolution(rows: Sequence[Scored], path: Path, split: str = "search") ->
     save(figure, path)
 
 
-def plot_search(
-    rows: Sequence[Scored], folder: Path, split: str, by: str, names: Sequence[str]
-) -> None:
-    """All pictures of a search on a split, ranked by "loss" or "accuracy"; names: candidates."""
-    plot_histogram(rows, folder / "histogram.png", split, names)
-    plot_pareto(rows, folder / "pareto.png", split, by, names)
+def plot_search(rows: Sequence[Scored], folder: Path, settings: dict) -> None:
+    """All pictures of a search; settings: its args.json."""
+    split, names = settings["split"], settings["space_layout"]["candidates"]
+    plot_histogram(rows, folder / "histogram.png", split)
+    plot_pareto(rows, folder / "pareto.png", split, settings["rank_by"], names)
     plot_choices(rows, folder / "choices.png", split, names)
     if any(row.generation > 0 for row in rows):
         plot_evolution(rows, folder / "evolution.png", split)
@@ -253,25 +240,19 @@ def plot_standalone(
     return lines
 
 
-def plot_truth(
-    rows: Sequence[Scored], truth: dict[str, dict], path: Path, by: str, settings: dict
-) -> list[str]:
+def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) -> list[str]:
     """Scores against the known accuracy of every network; returns lines to print.
 
     truth: entries with "mean_acc" (percent) and "flops" (multiply-adds) by choice, as "02012100",
     like those of NAS-Bench-Macro; equal entries are one network. settings: of the search.
     """
-    names = settings.get("space_layout", {}).get("candidates", [])
+    names, by = settings["space_layout"]["candidates"], settings["rank_by"]
     skip = names.index("identity") if "identity" in names else -1
-    drawn = random_draws(rows)
-
-    def entry(row: Scored) -> dict:
-        try:
-            return truth["".join(map(str, row.choice))]
-        except KeyError:
-            raise UserError(f"the truth lacks the choice {row.as_json()['choice']}") from None
-
-    true = np.array([entry(row)["mean_acc"] for row in drawn])
+    drawn, order = random_draws(rows), best_first(rows, by)
+    keys = {row.choice: "".join(map(str, row.choice)) for row in order}
+    if lacking := [key for key in keys.values() if key not in truth]:
+        raise UserError(f"the truth lacks the choice {lacking[0]}")
+    true = np.array([truth[keys[row.choice]]["mean_acc"] for row in drawn])
     skips = np.array([row.choice.count(skip) for row in drawn])
     scores = {"loss": -values(drawn, "loss"), "accuracy": values(drawn, "accuracy")}
     scores |= {"multiply-adds": values(drawn, "flops_m"), "fewest identities": -skips}
@@ -284,17 +265,16 @@ def plot_truth(
     low, high = (settings.get(name) for name in ("min_flops", "max_flops"))
     networks = list({str(entry): entry for entry in truth.values()}.values())
     within = [n for n in networks if (low or 0) <= n["flops"] / 1e6 <= (high or math.inf)]
-    order = best_first(rows, by)
-    best, top = entry(order[0])["mean_acc"], [entry(row)["mean_acc"] for row in order[:10]]
+    top = [truth[keys[row.choice]]["mean_acc"] for row in order[:10]]
     for kind, part in (("all", networks), ("those within the limits", within)):
-        rank = 1 + sum(network["mean_acc"] > best for network in part)
-        lines.append(f"choice: {best:.2f}%, rank {rank} of {len(part):,}, {kind}")
+        rank = 1 + sum(network["mean_acc"] > top[0] for network in part)
+        lines.append(f"choice: {top[0]:.2f}%, rank {rank} of {len(part):,}, {kind}")
     lines.append(f"ten best: mean {np.mean(top):.2f}%")
     figure, axis = new_figure()
     dots = axis.scatter(-scores[by] if by == "loss" else scores[by], true, 8, skips, cmap="viridis")
     figure.colorbar(dots, label="identities")
     score = order[0].loss if by == "loss" else order[0].accuracy
-    axis.plot(score, best, "*", color=ORANGE, markersize=14, label="choice")
+    axis.plot(score, top[0], "*", color=ORANGE, markersize=14, label="choice")
     axis.set(xlabel=f"{by} with the supernet's weights", ylabel="accuracy trained alone (%)")
     axis.legend(frameon=False)
     save(figure, path)
@@ -303,24 +283,25 @@ def plot_truth(
 
 def plot_single_path(path: Path) -> None:
     """Three steps of single-path training: each trains one candidate in every layer."""
-    rng, names = random.Random(4), SPACES["spos_small"].candidates
-    layers, blocks = range(1, 9), range(len(names))
-    middle = (len(names) - 1) / 2
-    figure, axes = new_figure(9, 2.4, columns=3)
+    rng, space = random.Random(4), SPACES["spos_small"]
+    names, layers = space.candidates, range(len(space.layers))
+    blocks, middle, ends = range(len(names)), (len(names) - 1) / 2, (-1.5, len(layers) + 0.5)
+    figure, axes = new_figure(10, 1.6, columns=3)
     for step, axis in enumerate(axes, start=1):
         choice = [rng.randrange(len(names)) for _ in layers]
-        for layer, chosen in zip(layers, choice, strict=True):
-            axis.plot([layer] * len(names), blocks, "s", color="#DDDDDD", markersize=11, zorder=1)
-            axis.plot(layer, chosen, "s", color=BLUE, markersize=11, zorder=3)
-        axis.plot([0, *layers, 9], [middle, *choice, middle], color=BLUE, linewidth=1.5, zorder=2)
-        axis.plot([0, 9], [middle, middle], "o", color="black", markersize=7)
+        for block in blocks:
+            axis.plot(layers, [block] * len(layers), "s", color="#DDDDDD", markersize=5, zorder=1)
+        path_x, path_y = [ends[0], *layers, ends[1]], [middle, *choice, middle]
+        axis.plot(path_x, path_y, color=BLUE, linewidth=1, zorder=2)
+        axis.plot(layers, choice, "s", color=BLUE, markersize=5, zorder=3)
+        axis.plot(ends, [middle, middle], "o", color="black", markersize=5)
         labels = names if step == 1 else []
         axis.set(yticks=blocks, yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
-        axis.set_xticks([0, 1, 8, 9], ["stem", "0", "19", "head"], fontsize="small")
-        axis.set_xlabel("layer", fontsize="small")
+        ticks = ends[0], sum(ends) / 2, ends[1]
+        axis.set_xticks(ticks, ["stem", f"{len(layers)} layers", "head"])
         axis.set_title(f"step {step}", fontsize="medium")
         axis.spines[["left", "bottom"]].set_visible(False)
-        axis.tick_params(length=0)
+        axis.tick_params(length=0, labelsize="small")
     save(figure, path)
 
 
@@ -343,22 +324,17 @@ def main() -> None:
             alone.setdefault(choice, []).append(result["test_accuracy"])
             continue
         beside = path.with_name("args.json")
-        settings = read_json(beside) if beside.exists() else {}
-        with open(path, encoding="utf-8") as file:
-            is_training = "train_loss" in file.readline()
-        if is_training:
-            kind = "random paths" if settings.get("choice") is None else "search split"
+        settings = SETTINGS | (read_json(beside) if beside.exists() else {})
+        if "train_loss" in path.read_text(encoding="utf-8"):
+            kind = "random paths" if settings["choice"] is None else "search split"
             plot_training(records.read_metrics(path), path.with_name("training.png"), kind)
             continue
-        rows, folder = records.read_rows(path), path.parent
+        rows, folder, by = records.read_rows(path), path.parent, settings["rank_by"]
         if not random_draws(rows):
             raise UserError(f"{path} holds no random architecture with a score yet")
-        by, layout = settings.get("rank_by", "loss"), settings.get("space_layout")
-        names = layout["candidates"] if layout else SPACES["spos_small"].candidates
-        plot_search(rows, folder, settings.get("split", "search"), by, names)
+        plot_search(rows, folder, settings)
         if args.truth:
-            truth = read_json(args.truth)
-            lines += plot_truth(rows, truth, folder / "truth.png", by, settings)
+            lines += plot_truth(rows, read_json(args.truth), folder / "truth.png", settings)
     if alone and not rows:
         raise UserError("result.json files need the paths.csv of their search")
     if alone:

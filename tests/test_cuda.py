@@ -4,6 +4,7 @@ import copy
 import random
 import re
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock, patch
 
 import pytest
 import torch
@@ -12,13 +13,11 @@ import torch.nn.functional as F
 import blocks
 import random_search
 import supernet
-from blocks import capture_blocks, release_blocks
-from data import records
+from blocks import capture_blocks
 from data.datasets import load_dataset
 from data.loaders import Batches
-from data.records import METRICS, read_csv
+from data.records import load_checkpoint, read_metrics, standard_error
 from model import SearchSpace, Supernet
-from utils import memory_format
 
 NEEDED = "needs a CUDA device; name this file"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NEEDED)
@@ -84,9 +83,12 @@ def test_capturing_leaves_no_trace(captured):
 
 
 def test_the_first_gradients_agree(pair):
-    choice, gradients = pair.space.sample(random.Random(1)), []
+    """And blocks off the path have none, or momentum and weight decay would move them."""
+    gradients = []
     for model in (pair.plain, pair.graphed):
-        backward(model, choice, 1)
+        for seed in range(2):
+            model.zero_grad(set_to_none=True)
+            backward(model, pair.space.sample(random.Random(seed)), seed)
         on_path = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         gradients.append(dict(on_path))
     plain, graphed = gradients
@@ -116,64 +118,31 @@ def test_training_stays_as_close_as_two_plain_runs(pair):
     assert (graphed - plain).norm() <= 2 * (other - plain).norm()
 
 
-def test_idle_blocks_do_not_move(pair):
-    """A gradient of zero would let momentum and weight decay move them."""
-    model = pair.graphed
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    for step in range(2):
-        before = copy.deepcopy(model.state_dict())
-        optimizer.zero_grad(set_to_none=True)
-        backward(model, (step,) * 20, step)
-        optimizer.step()
-        for name, value in model.state_dict().items():
-            if name.startswith("layers") and f".{model.names[step]}." not in name:
-                assert torch.equal(value, before[name]), name
-
-
 def test_validation_takes_any_batch_and_no_graph(pair):
     dataset = load_dataset("digits", ".", SIZE)
     batches = Batches(dataset, dataset.search, 37, DEVICE)
     paths = [pair.space.sample(random.Random(i)) for i in range(len(batches))]
     for own in (False, True):
-        plain = supernet.evaluate(pair.plain, batches, paths, own)
-        graphed = supernet.evaluate(pair.graphed, batches, paths, own)
-        assert graphed["loss"] == pytest.approx(plain["loss"], rel=1e-3)
-
-
-def takes_any_batch(model):
-    """A captured block in training mode takes batches of one size only."""
-    model.train()
-    for number in range(4):
-        model(torch.zeros(5, 3, 8, 8, device=DEVICE), (number,) * 20).sum().backward()
+        models = pair.plain, pair.graphed
+        plain, graphed = (supernet.evaluate(m, batches, paths, own)["loss"] for m in models)
+        assert graphed == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["no room", "runs out"])
 def test_too_little_memory_means_no_graphs(how, monkeypatch):
-    torch.manual_seed(0)
+    """The sixth graph does not fit; released blocks take batches of any size again."""
     model = Supernet(10, 8).to(DEVICE)
     before = copy.deepcopy(model.state_dict())
-    capture, calls = torch.cuda.make_graphed_callables, []
-
-    def run_out(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return capture(*args, **kwargs)
-
     if how == "no room":
         monkeypatch.setattr(blocks, "GRAPH_BYTES", 2**40)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", run_out)
+    capture = Mock(wraps=torch.cuda.make_graphed_callables)
+    capture.side_effect = [DEFAULT] * 5 + [torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     line = capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9)
     assert re.match("not used: .*(memory|GiB)", line)
     assert same(model.state_dict(), before)
-    takes_any_batch(model)
-
-
-def test_released_blocks_take_any_batch_again():
-    model = Supernet(10, 8).to(DEVICE)
-    assert capture_blocks(model, torch.zeros(8, 3, 8, 8, device=DEVICE), 10**9) == USED
-    release_blocks(model)
-    takes_any_batch(model)
+    for number in range(4):
+        model(torch.zeros(5, 3, 8, 8, device=DEVICE), (number,) * 20).sum().backward()
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +150,10 @@ def trained(tmp_path_factory):
     """Digits with graphs, in bf16, interrupted after 6 of 8 epochs and resumed."""
     out = tmp_path_factory.mktemp("runs")
     flags = f"--dataset digits --epochs 8 --batch_size 64 --out_dir {out} --exp_name cuda".split()
-    save = records.save_checkpoint
-
-    def stop(path, content):
-        save(path, content)
-        if content["epoch"] == 6:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "GRAPH_CALLS", 1)
-        patch.setattr(records, "save_checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
+    stopped = patch.object(supernet, "check_finite", side_effect=[None] * 6 + [KeyboardInterrupt])
+    with patch.object(blocks, "GRAPH_CALLS", 1):
+        with stopped, pytest.raises(KeyboardInterrupt):
             supernet.main(flags)
-        patch.setattr(records, "save_checkpoint", save)
         supernet.main([*flags, "--resume"])
     return out / "cuda"
 
@@ -201,9 +161,9 @@ def trained(tmp_path_factory):
 def test_a_run_with_graphs_learns_and_continues(trained):
     log = (trained / "log.txt").read_text()
     assert log.count(USED) == 2 and "resuming after epoch 6" in log
-    rows = [row for _, row in read_csv(trained / "metrics.csv", METRICS)]
-    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
-    assert float(rows[-1]["train_acc"]) > float(rows[5]["train_acc"]) > 30
+    rows = read_metrics(trained / "metrics.csv")
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["train_acc"] > rows[5]["train_acc"] > 30
 
 
 def test_a_single_architecture_trains_with_graphs(tmp_path, monkeypatch):
@@ -218,22 +178,22 @@ def test_a_single_architecture_trains_with_graphs(tmp_path, monkeypatch):
 def test_scores_hardly_depend_on_precision_and_graphs(trained, monkeypatch):
     """By at most one standard error on average over 24 paths."""
     monkeypatch.setattr(blocks, "GRAPH_CALLS", 1)
-    checkpoint, found = records.load_checkpoint(trained / "last.pth"), {}
+    checkpoint, found = load_checkpoint(trained / "last.pth"), {}
     dataset = load_dataset("digits", ".", SIZE)
     for precision, graphs in (("fp32", False), ("fp32", True), ("bf16", True)):
         model = Supernet(10, SIZE)
         model.load_state_dict(checkpoint["model"])
-        model.to(DEVICE, memory_format=memory_format(DEVICE, precision))
         how = DEVICE, 0, precision
         calibration = random_search.calibration_batches(dataset, 1000, 4, *how)
         batches = Batches(dataset, dataset.search, 1000, *how)
+        model.to(DEVICE, memory_format=batches.memory_format)
         scorer = random_search.Scorer(model, calibration, batches)
         if graphs:
-            assert scorer.use_cuda_graphs(1000) == USED
+            assert scorer.capture(1000) == USED
         paths = sorted(SearchSpace(model).sample_distinct(random.Random(0), 24))
-        scores = scorer.score(paths)
-        found[precision, graphs] = torch.tensor([score["accuracy"] for score in scores])
+        accuracies = [score["accuracy"] for score in scorer.score(paths)]
+        found[precision, graphs] = torch.tensor(accuracies)
     plain = found["fp32", False]
-    error = records.standard_error(plain.mean().item(), len(dataset.search))
+    error = standard_error(plain.mean().item(), len(dataset.search))
     assert (found["fp32", True] - plain).abs().mean() <= error / 4
     assert (found["bf16", True] - plain).abs().mean() <= error

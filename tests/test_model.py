@@ -6,7 +6,6 @@ import random
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
@@ -21,33 +20,20 @@ import supernet
 from blocks import CANDIDATES
 from data.datasets import load_dataset
 from data.loaders import Batches
-from model import INITS, NOISE, SPACES, Choice, SearchSpace, Supernet, defaults
+from model import INITS, NOISE, SPACES, Choice, SearchSpace, Supernet
 from random_search import breed, crossover, mutate
 
 OFFICIAL = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
 SINGLE = [(number,) * 20 for number in range(4)]
 NAMES = ["shuffle3", "shuffle5", "shuffle7", "xception"]
-SKIPPING = (0, 4, 1, 4, 2, 4, 4, 4, 3, 0, 4, 1, 4, 2, 4, 3, 1, 4, 4, 0)  # 4 is `identity`
-LOWEST = 152_645_632  # multiply-adds at 32 px
+SKIPPING = (0, 4, 1, 4, 2, 4, 4, 4, 3, 0, 4, 1, 4, 2, 4, 3, 1, 4, 4, 0)  # 4 is `unchanged`
+SIDES = {"small": 8, "large": 7, "mixed": 8, "alone 64": 16, "alone 65": 3}  # of the last map
+INITIAL = [(64, None, True), (65, None, False), (65, "identity", True), (32, "official", False)]
 SGD = Namespace(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
-INITIAL = [(8, None, "identity"), (64, None, "identity"), (65, "identity", "identity")]
-INITIAL += [(65, None, "official"), (224, None, "official"), (32, "official", "official")]
-
-
-def draw(count: int, seed: int = 0) -> list[Choice]:
-    rng = random.Random(seed)
-    return [tuple(rng.randrange(4) for _ in range(20)) for _ in range(count)]
 
 
 def images(count: int, side: int) -> Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def digits(count: int) -> Tensor:
-    """A training batch of the digits, with 16 pixels."""
-    dataset = load_dataset("digits", "", 16)
-    batches = Batches(dataset, dataset.train, count, torch.device("cpu"))
-    return next(batches.epoch(seed=0, epoch=0))[0]
 
 
 def build(classes: int, image_size: int, **kwargs) -> Supernet:
@@ -57,9 +43,6 @@ def build(classes: int, image_size: int, **kwargs) -> Supernet:
 
 def alone(choice: Choice, image_size: int = 32, **kwargs) -> Supernet:
     return Supernet(10, image_size, affine=True, choice=choice, **kwargs)
-
-
-FIVE = [*SPACES["spos_small"].candidates, "unchanged"]
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -85,13 +68,14 @@ def spaces():
     models |= {"alone 64": alone(OFFICIAL, 64), "alone 65": alone(OFFICIAL, 65)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CANDIDATES, "unchanged", unchanged)
-        models["mixed"] = build(10, 32, space=replace(SPACES["spos_small"], candidates=FIVE))
-    for model in models.values():
-        generator = torch.Generator().manual_seed(1)
-        for norm in norms(model.eval()):
-            norm.running_mean.normal_(std=0.1, generator=generator)
-            norm.running_var.uniform_(0.5, 2, generator=generator)
-    return {name: SearchSpace(model) for name, model in models.items()}
+        space = replace(SPACES["spos_small"], candidates=[*NAMES, "unchanged"])
+        models["mixed"] = build(10, 32, space=space)
+        for model in models.values():
+            generator = torch.Generator().manual_seed(1)
+            for norm in norms(model.eval()):
+                norm.running_mean.normal_(std=0.1, generator=generator)
+                norm.running_var.uniform_(0.5, 2, generator=generator)
+        yield {name: SearchSpace(model) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -116,56 +100,36 @@ def limited(space: SearchSpace, low: int | None, high: int | None = None) -> Sea
     return space
 
 
-def assert_uniform(draws: list[Sequence], cells: list[Sequence]) -> None:
-    """A chi-square test over several draws, with a bound five deviations above the mean."""
-    statistic = freedom = 0
-    for drawn, possible in zip(draws, cells, strict=True):
-        counts, expected = Counter(drawn), len(drawn) / len(possible)
-        statistic += sum((counts[cell] - expected) ** 2 for cell in possible) / expected
-        freedom += len(possible) - 1
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
-
-
-def generators() -> tuple:
-    """The states of the global random generators."""
-    return random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
-
-
-# Costs and sizes
-
-
-def test_flops_are_the_published_ones(spaces):
-    """The last cost is that of the architecture found in megvii-model/SinglePathOneShot."""
-    costs = [spaces["small"].flops(choice) for choice in SINGLE]
+def test_costs_are_the_published_ones(spaces):
+    """OFFICIAL is the architecture found in megvii-model/SinglePathOneShot."""
+    small, large = spaces["small"], spaces["large"]
+    costs = [small.flops(choice) for choice in SINGLE]
     assert costs == [157_700_096, 164_155_392, 173_838_336, 205_355_008]
-    costs = [spaces["large"].flops(choice) for choice in [*SINGLE, OFFICIAL]]
+    costs = [large.flops(choice) for choice in [*SINGLE, OFFICIAL]]
     assert costs == [295_842_496, 313_654_976, 340_373_696, 358_825_920, 322_918_720]
+    millions = [round(small.params(choice) / 1e6, 3) for choice in SINGLE]
+    assert millions == [2.034, 2.086, 2.164, 2.749]
+    assert sum(p.numel() for p in small.model.parameters()) == 6_931_368
 
 
-@pytest.mark.parametrize("name", ["small", "large", "mixed", "alone 64", "alone 65"])
-def test_flops_equal_the_count_of_hooks(spaces, name):
-    """In one forward pass (megvii-model/ShuffleNet-Series#12, microsoft/nni#1849)."""
-    space, model, counts = spaces[name], copy.deepcopy(spaces[name].model), []
+@pytest.mark.parametrize(("name", "side"), SIDES.items())
+def test_flops_equal_the_count_of_hooks_in_a_forward_pass(spaces, name, side):
+    """Its last map has more than one pixel (megvii-model/ShuffleNet-Series#12, microsoft/nni#1849,
+    ShunLu91/Single-Path-One-Shot-NAS#6)."""
+    space, model, counts, maps = spaces[name], copy.deepcopy(spaces[name].model), [], []
 
     def count(layer, _, out):
         counts.append(out.numel() * layer.weight[0].numel())
 
     for layer in layers(model):
         layer.register_forward_hook(count)
+    model.last.register_forward_hook(lambda last, _, out: maps.append(out.shape[2:]))
     for choice in space.sample_distinct(random.Random(0), 2):
         counts.clear()
         with torch.no_grad():
-            model(images(1, model.image_size), choice)
+            assert model(images(1, model.image_size), choice).isfinite().all()
         assert space.flops(choice) == sum(counts)
-
-
-def test_params_are_the_published_ones_and_those_of_the_stand_alone_network(spaces):
-    assert sum(p.numel() for p in spaces["small"].model.parameters()) == 6_931_368
-    for choice, millions in zip(SINGLE, [2.034, 2.086, 2.164, 2.749], strict=True):
-        network, counted = alone(choice), spaces["small"].params(choice)
-        assert counted == SearchSpace(network).params(choice)
-        assert counted == sum(p.numel() for p in network.parameters())
-        assert round(counted / 1e6, 3) == millions
+    assert maps == [(side, side)] * len(maps)
 
 
 def test_counting_leaves_no_trace():
@@ -173,24 +137,11 @@ def test_counting_leaves_no_trace():
     model = build(10, 32)
     model.layers[3].eval()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    states, space = generators(), SearchSpace(model, 10**8)
+    states, space = (random.getstate(), torch.get_rng_state()), SearchSpace(model, 10**8)
     space.flops(OFFICIAL), space.params(OFFICIAL), space.size, space.sample(random.Random(0))
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert [m.training for m in model.modules()] == modes and len(set(modes)) == 2
-    assert generators() == states
-
-
-# A path as a view
-
-
-def test_a_path_is_made_of_the_supernets_own_modules(small):
-    choice, x = draw(1)[0], images(2, 16)
-    blocks = [small.layers[i][NAMES[number]] for i, number in enumerate(choice)]
-    own = [small.stem, *blocks, small.last, small.head]
-    assert all(ours is theirs for ours, theirs in zip(small.path(choice), own, strict=True))
-    assert torch.equal(small(x, choice), nn.Sequential(*own)(x))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert [m.training for m in model.modules()] == modes
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_a_step_moves_all_weights_of_its_path_and_nothing_else(small):
@@ -198,13 +149,14 @@ def test_a_step_moves_all_weights_of_its_path_and_nothing_else(small):
     model = copy.deepcopy(small).train()
     optimizer = supernet.build_optimizer(model, SGD, None)
     weights = {name for name, _ in model.named_parameters()}
-    for choice, name in zip(SINGLE[:2], NAMES, strict=False):
+    for choice in (OFFICIAL, SINGLE[1]):
+        on_path = tuple(f"layers.{i}.{NAMES[number]}." for i, number in enumerate(choice))
         before = copy.deepcopy(model.state_dict())
         optimizer.zero_grad()
         F.cross_entropy(model(images(4, 16), choice), torch.arange(4)).backward()
         optimizer.step()
         for key, value in model.state_dict().items():
-            beside = key.startswith("layers.") and f".{name}." not in key
+            beside = key.startswith("layers.") and not key.startswith(on_path)
             if beside or key in weights:
                 assert torch.equal(value, before[key]) == beside
 
@@ -213,24 +165,21 @@ def test_a_step_moves_all_weights_of_its_path_and_nothing_else(small):
 def test_scales_and_shifts_are_in_networks_alone_and_do_not_decay(affine):
     """No layer has a bias, and everything else decays, without dampening (microsoft/nni#2883)."""
     model = alone(SINGLE[0]) if affine else Supernet(10, 32)
-    assert {norm.weight is not None for norm in norms(model)} == {affine}
-    assert {norm.bias is not None for norm in norms(model)} == {affine}
-    assert {layer.bias for layer in layers(model)} == {None}
-    expected = {layer.weight: 0.01 for layer in layers(model)}
-    if affine:
-        expected |= {scale: 0 for norm in norms(model) for scale in norm.parameters()}
+    scales = [parameter for norm in norms(model) for parameter in norm.parameters()]
+    assert len(scales) == (2 * len(norms(model)) if affine else 0)
+    expected = dict.fromkeys([layer.weight for layer in layers(model)], 0.01)
     groups = supernet.build_optimizer(model, SGD, None).param_groups
-    assert {p: group["weight_decay"] for group in groups for p in group["params"]} == expected
+    found = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert found == expected | dict.fromkeys(scales, 0)
+    assert found.keys() == set(model.parameters())
     for group in groups:
         assert (group["lr"], group["momentum"], group["dampening"]) == (0.1, 0.9, 0)
 
 
-@pytest.mark.parametrize("affine", [False, True], ids=["supernet", "alone"])
-@pytest.mark.parametrize(("side", "init", "expected"), INITIAL)
-def test_initial_weights_are_drawn_as_documented(side, init, expected, affine):
+@pytest.mark.parametrize(("side", "init", "near"), INITIAL)
+def test_initial_weights_are_drawn_as_documented(side, init, near):
     """Filters near the identity copy an input, plus noise (megvii-model/SinglePathOneShot)."""
-    assert init or defaults(side)["init"] == expected
-    model, near = build(10, side, affine=affine, init=init), expected == "identity"
+    model = build(10, side, init=init)
     ends = {model.stem[0]: 1 / 3 if near else 0.01, model.head.classifier: 0.01}
     for layer in layers(model):
         noise = layer.weight.detach().clone()
@@ -244,29 +193,25 @@ def test_initial_weights_are_drawn_as_documented(side, init, expected, affine):
         assert noise.std().item() == pytest.approx(deviation, rel=error)
 
 
-def test_no_channel_is_dead_at_first():
-    """In every channel of every path, the inputs of BatchNorm vary by far more than its eps."""
-    x, model, variances = digits(16), build(10, 16).train(), []
+def test_near_the_identity_paths_nearly_agree_at_first_and_no_channel_is_dead():
+    """The features of two paths correlate, not so with the official weights; in every channel,
+    the inputs of BatchNorm vary by far more than its eps."""
+    dataset, agreement, variances = load_dataset("digits", "", 16), {}, []
+    x, _ = next(Batches(dataset, dataset.train, 32, torch.device("cpu")).epoch(0, 0))
 
     def measure(norm, args):
         variances.append(args[0].var((0, 2, 3)).min() / norm.eps)
 
-    for norm in norms(model):
-        norm.register_forward_pre_hook(measure)
-    with torch.no_grad():
-        for choice in SINGLE + draw(4):
-            model(x, choice)
-    assert min(variances) > 10
-
-
-def test_at_first_the_paths_nearly_agree_near_the_identity():
-    """The features of two random paths correlate; with the official weights they do not."""
-    x, agreement = digits(64), {}
     for init in INITS:
         model = build(10, 16, init=init).train()
+        choices = SearchSpace(model).sample_distinct(random.Random(0), 2)
+        for norm in norms(model):
+            norm.register_forward_pre_hook(measure)
         with torch.no_grad():
-            features = [model.path(choice)[:-1](x).mean((2, 3)).flatten() for choice in draw(2)]
-        agreement[init] = np.corrcoef(*features)[0, 1]
+            paths = [model.path(choice)[:-1] for choice in choices + SINGLE]
+            features = [path(x).mean((2, 3)).flatten() for path in paths]
+        agreement[init] = np.corrcoef(*features[:2])[0, 1]
+    assert min(variances) > 10
     assert agreement["identity"] > 0.8 > 0.5 > agreement["official"]
 
 
@@ -281,12 +226,9 @@ def test_a_choice_of_wrong_length_or_number_is_refused(small, spaces):
             use(choice)
 
 
-@pytest.mark.parametrize("choice", [*draw(2, seed=8), SKIPPING])
-def test_a_network_alone_with_a_paths_weights_computes_the_same(spaces, choice, monkeypatch):
+@pytest.mark.parametrize(("name", "choice"), [("small", OFFICIAL), ("mixed", SKIPPING)])
+def test_a_network_alone_with_a_paths_weights_computes_the_same(spaces, name, choice):
     """So the network that is built is the one that was evaluated (open-mmlab/mmrazor#66)."""
-    name = "mixed" if choice == SKIPPING else "small"
-    if name == "mixed":
-        monkeypatch.setitem(CANDIDATES, "unchanged", unchanged)
     x, whole = images(8, 16), spaces[name]
     network = alone(choice, space=whole.model.space).eval()
     with torch.inference_mode():
@@ -296,65 +238,27 @@ def test_a_network_alone_with_a_paths_weights_computes_the_same(spaces, choice, 
         bound = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(network(x, list(choice)), expected, rtol=1e-5, atol=bound)
     space, other = SearchSpace(network), (choice[-1] + 1) % 4
-    assert whole.params(choice) == sum(p.numel() for p in network.parameters())
+    parameters = sum(p.numel() for p in network.parameters())
+    assert whole.params(choice) == space.params(choice) == parameters
     assert space.flops(choice) == whole.flops(choice)
     assert space.size == 1 and space.single_blocks() == []
     with pytest.raises(ValueError, match=f"layer 19 has no candidate {other}, only {choice[-1]}"):
         network(x, (*choice[:-1], other))
 
 
-def test_a_missing_or_left_over_entry_is_named(small):
-    keys = "stem.0.weight layers.7.shuffle3.main.1.running_var extra stem.0.total_ops "
-    keys += "layers.8.shuffle7.projection.2.weight layers.20.shuffle3.main.0.weight "
-    keys += "layers.0.shuffle9.main.0.weight"
-    for key in keys.split():
+def test_a_missing_entry_is_named(small):
+    for key in ("stem.0.weight", "layers.7.shuffle3.main.1.running_var"):
         state = small.state_dict()
-        if key in state:
-            del state[key]
-        else:
-            state[key] = torch.zeros(1)
+        del state[key]
         with pytest.raises(ValueError, match=re.escape(key)):
             alone(OFFICIAL).load_path(state)
 
 
-@pytest.mark.parametrize("choice", SINGLE)
-@pytest.mark.parametrize(("name", "classes", "side"), [("small", 10, 8), ("large", 1000, 7)])
-def test_logits_are_finite_and_gradients_reach_the_stem(spaces, name, classes, side, choice):
-    """The last map has more than one pixel (ShunLu91/Single-Path-One-Shot-NAS#6)."""
-    model, maps = copy.deepcopy(spaces[name].model).train(), []
-    model.head.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape[2:]))
-    logits = model(images(2, model.image_size), choice)
-    F.cross_entropy(logits, torch.tensor([0, 1])).backward()
-    assert logits.shape == (2, classes) and logits.isfinite().all()
-    gradient = model.stem[0].weight.grad
-    assert gradient.isfinite().all() and gradient.abs().sum() > 0
-    assert maps == [(side, side)]
-
-
 def test_the_head_stays_in_fp32_under_autocast(small):
-    features, dtypes = torch.randn(2, 1024, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    features = torch.randn(2, 1024, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = F.linear(features.mean((2, 3)), small.head.classifier.weight)
-    model = copy.deepcopy(small).train()
-    model.last[0].register_forward_hook(lambda conv, x, y: dtypes.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(small.head(features), expected)
-        logits = model(images(2, 8), OFFICIAL)
-    assert dtypes == [torch.bfloat16] and logits.dtype == torch.float32
-    logits.sum().backward()
-    assert model.stem[0].weight.grad.isfinite().all()
-
-
-# Drawing architectures
-
-
-@pytest.mark.parametrize("name", ["small", "mixed"])
-def test_draws_are_uniform_and_distinct_and_use_no_other_generator(spaces, name):
-    space, rng, states = spaces[name], random.Random(0), generators()
-    choices = [space.sample(rng) for _ in range(2000)]
-    assert generators() == states
-    assert len(set(choices)) == 2000
-    assert all(space.model.check(choice) == choice for choice in choices)
-    assert_uniform(zip(*choices, strict=True), space.options)
 
 
 def test_parts_of_the_whole_space_add_up_and_draws_keep_to_them(spaces):
@@ -367,11 +271,11 @@ def test_parts_of_the_whole_space_add_up_and_draws_keep_to_them(spaces):
         assert all((low or 0) <= space.flops(choice) < (above or math.inf) for choice in draws)
         total += part.size
     assert space.size == total == 4**20
-    assert limited(space, LOWEST, LOWEST).size == 1
 
 
 def test_a_limited_space_equals_enumeration(short):
-    """With limits on and just inside of attainable costs; draws are uniform."""
+    """With limits on and just inside of attainable costs; draws are uniform, or the chi-square
+    statistic would be five deviations above its mean."""
     enumerated = {choice: short.flops(choice) for choice in product(*short.options)}
     costs, rng = sorted(enumerated.values()), random.Random(0)
     low, middle, high = (costs[len(costs) * quarter // 4] for quarter in (1, 2, 3))
@@ -383,10 +287,11 @@ def test_a_limited_space_equals_enumeration(short):
         assert inside == [choice for choice in enumerated if choice in space]
         assert len(inside) == space.size
         assert set(inside) == set(space.sample_distinct(random.Random(0), len(inside) + 1))
-    assert 20 < len(inside) < 100
-    draws = [space.sample(rng) for _ in range(50 * len(inside))]
-    assert set(draws) == set(inside)
-    assert_uniform([draws], [inside])
+        counts = Counter(space.sample(rng) for _ in range(20 * len(inside)))
+        assert counts.keys() == set(inside)
+        statistic = sum((count - 20) ** 2 for count in counts.values()) / 20
+        freedom = len(inside) - 1
+        assert statistic <= freedom + 5 * math.sqrt(2 * freedom)
 
 
 def test_limits_that_no_architecture_meets_are_refused(spaces):
@@ -394,39 +299,18 @@ def test_limits_that_no_architecture_meets_are_refused(spaces):
     for limits in [(10**9, None), (170_000_001, 170_000_002), (180_000_000, 170_000_000)]:
         with pytest.raises(ValueError, match=r"no arch.* 152\.645632 to 212\.703232 million"):
             limited(spaces["small"], *limits)
-    with pytest.raises(ValueError, match=r"no arch.* 270\.35936 to 398\.609216 million"):
-        limited(spaces["large"], 10**9)
 
 
 def test_a_candidate_may_be_offered_in_some_layers_only(spaces):
     space, mixed, changing = spaces["mixed"], spaces["mixed"].model, {0, 4, 8, 16}
     assert space.options == [[0, 1, 2, 3] if i in changing else [0, 1, 2, 3, 4] for i in range(20)]
     assert space.size == 4**4 * 5**16
-    assert space.single_blocks() == limited(space, None, LOWEST).single_blocks() == SINGLE
+    assert space.single_blocks() == limited(space, None, 152_645_632).single_blocks() == SINGLE
     for layer in changing:
         with pytest.raises(ValueError, match=f"layer {layer} has no candidate 4, only 0, 1, 2, 3"):
-            mixed(images(1, 8), (*SKIPPING[:layer], 4, *SKIPPING[layer + 1 :]))
+            mixed.path((*SKIPPING[:layer], 4, *SKIPPING[layer + 1 :]))
     for layer, number in enumerate(SKIPPING):
         assert isinstance(mixed.path(SKIPPING)[1 + layer], nn.Identity) == (number == 4)
-
-
-# Breeding
-
-
-@pytest.mark.parametrize("name", ["small", "mixed"])
-def test_a_tight_limit_shrinks_no_generation(spaces, name):
-    """In a fifth of the space (megvii-model/SinglePathOneShot#16, microsoft/Cream#59)."""
-    rng, space = random.Random(0), spaces[name]
-    args = Namespace(seed=0, population=50, mutation_prob=0.1)
-    limit = sorted(space.flops(space.sample(rng)) for _ in range(1000))[200]
-    space = limited(space, None, limit)
-    taken = set(space.sample_distinct(rng, 50))
-    for generation in range(1, 11):
-        parents = sorted(taken, key=space.flops)[-10:]  # half of their relatives exceed the limit
-        children = breed(space, parents, taken, args, generation)
-        taken |= set(children)
-        assert len(taken) == 50 * (generation + 1)
-        assert all(space.flops(child) <= limit for child in children)
 
 
 def test_mutation_follows_its_definition(short):
@@ -459,11 +343,12 @@ def test_a_generation_is_half_mutated_and_half_crossed(spaces):
     assert children == again
 
 
-def test_children_that_fail_are_drawn_at_random(spaces):
-    """Without a parent, with one, and under limits that no relative of theirs meets."""
-    space = limited(spaces["small"], 212_000_000)
+def test_a_tight_limit_shrinks_no_generation(spaces):
+    """Children that fail are drawn at random: without a parent, with one, and with two whose
+    relatives exceed the limit (megvii-model/SinglePathOneShot#16, microsoft/Cream#59)."""
+    space, taken = limited(spaces["small"], 211_000_000), set()
     args = Namespace(seed=0, population=10, mutation_prob=0.0)
-    for parents in ([], SINGLE[:1], SINGLE[:2]):
-        children = breed(space, parents, set(), args, 1)
-        assert len(set(children)) == 10
-        assert all(space.flops(child) >= 212_000_000 for child in children)
+    for size, parents in ((10, []), (20, SINGLE[:1]), (30, SINGLE[:2])):
+        taken.update(breed(space, parents, taken, args, 1))
+        assert len(taken) == size
+    assert all(space.flops(child) >= 211_000_000 for child in taken)

@@ -2,38 +2,30 @@
 
 import contextlib
 import ctypes
-import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-import torch
 from PIL import Image
 
 import random_search
-import supernet
-from conftest import TIMEOUT, TINY, assert_same_record, noise, start
+from conftest import TIMEOUT, assert_same_record, noise, start
 from data.records import load_checkpoint
-from utils import keep_freed_memory
+from utils import keep_freed_memory, read_json
 
 
-@pytest.mark.parametrize(("limit", "set_in_turn"), [(2**30, [-3, -1]), (2**25, [-3])])
-def test_the_allocator_is_set_as_a_whole_or_not_at_all(limit, set_in_turn, monkeypatch):
+@pytest.mark.parametrize(("accepted", "set_in_turn"), [(1, [-3, -1]), (0, [-3])])
+def test_the_allocator_is_set_as_a_whole_or_not_at_all(accepted, set_in_turn, monkeypatch):
     """glibc before 2.35 refuses an mmap threshold above 32 MiB; the other one alone freezes it."""
-    calls = []
-
-    class Library:
-        @staticmethod
-        def mallopt(parameter: int, value: int) -> int:
-            calls.append(parameter)
-            return int(parameter != -3 or value <= limit)
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
+    library = Mock()
+    library.mallopt.return_value = accepted
+    monkeypatch.setattr(ctypes, "CDLL", Mock(return_value=library))
     keep_freed_memory()
-    assert calls == set_in_turn
+    assert [call.args for call in library.mallopt.mock_calls] == [(p, 2**30) for p in set_in_turn]
 
 
 @pytest.fixture
@@ -73,59 +65,30 @@ def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed, tmp_pat
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=TIMEOUT)[1]
     os.close(pipe)
-    assert (process.returncode, err.count("\n"), len(workers)) == (130, 1, 2)
-    assert "interrupted" in err
+    said = "interrupted; what was completed is saved\n"
+    assert (process.returncode, err, len(workers)) == (130, said, 2)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] >= 1
 
 
-def test_every_file_name_is_portable(run, search):
-    """No time stamp with colons, no names that differ by case alone (isl-org/Open3D-ML#620)."""
-    for folder in (run.folder, search.folder):
-        names = [path.name for path in folder.iterdir()]
-        assert not any(set(name) & set('<>:"/\\|?* ') or name.endswith(".") for name in names)
-        assert len({name.lower() for name in names}) == len(names)
-
-
-def kill_until_it_ends(command: list, folder: Path) -> None:
-    """Starts a command up to 20 times and kills it within 10 seconds; its files must be whole."""
-    rng = random.Random(0)
-    for kills in range(20):
-        process = start(*command)
-        time.sleep(rng.uniform(0, 10))
-        process.kill()
-        process.communicate()
-        if process.returncode == 0:
-            assert kills > 2
-            return
-        for path in folder.rglob("*"):
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.suffix == ".png":
-                Image.open(path).verify()
-            elif path.suffix == ".pth":
-                load_checkpoint(path)
-
-
-@pytest.mark.slow
-def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
-    flags = [*TINY, "--out_dir", str(tmp_path), "--epochs", "60", "--exp_name"]
-    supernet.main([*flags, "whole"])
-    kill_until_it_ends(["supernet.py", *flags, "killed", "--resume"], tmp_path / "killed")
-    supernet.main([*flags, "killed", "--resume"])
-    whole, again = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "killed"))
-    torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
-    for row in whole["metrics"] + again["metrics"]:
-        row["seconds"] = 0
-    assert whole["metrics"] == again["metrics"]
-
-
 @pytest.mark.slow
 def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(run, tmp_path):
+    """After every kill its files are whole."""
     whole, again = tmp_path / "whole", tmp_path / "killed"
     flags = "--num_paths 200 --population 20 --generations 5 --calibration_images 250 --search_dir"
     flags = ["--ckpt", str(run.folder), *flags.split()]
     random_search.main([*flags, str(whole)])
-    kill_until_it_ends(["random_search.py", *flags, again], again)
+    rng, codes = random.Random(0), []
+    while 0 not in codes and len(codes) < 20:
+        process = start("random_search.py", *flags, again)
+        time.sleep(rng.uniform(0, 10))
+        process.kill()
+        process.communicate()
+        codes.append(process.returncode)
+        for path in again.glob("*.json"):
+            read_json(path)
+        for path in again.glob("*.png"):
+            Image.open(path).verify()
+    assert len(codes) > 3
     random_search.main([*flags, str(again)])
     assert_same_record(again, whole)
