@@ -96,6 +96,7 @@ class Supernet(nn.Module):
         for i, (out_channels, stride) in enumerate(space.layers):
             layer = nn.ModuleDict()
             for number, name in enumerate(space.candidates):
+                # A slice, since `check` below reports a choice that is too short.
                 if choice is None or tuple(choice[i : i + 1]) == (number,):
                     if name not in CANDIDATES:
                         raise ValueError(f"there is no candidate {name!r} in blocks.py")
@@ -134,7 +135,7 @@ class Supernet(nn.Module):
                 with torch.no_grad():
                     module.weight[(channels, channels % inputs, *centre)] += 1
         nn.init.normal_(self.head.classifier.weight, std=0.01)
-        if init == "official":
+        if init == "official":  # drawn a second time
             nn.init.normal_(self.stem[0].weight, std=0.01)
 
     def check(self, choice: Sequence[int]) -> Choice:
@@ -341,7 +342,7 @@ class SearchSpace:
             side = -(-x.shape[-1] // stride)
             expected, found = (1, channels, side, side), {}
             for number in self.options[i]:
-                name, version = model.names[number], x._version
+                name, version = model.names[number], x._version  # counts in-place changes
                 try:
                     key = name, x.shape, expected  # equal blocks are counted once
                     if key not in known:

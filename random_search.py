@@ -25,7 +25,7 @@ from data.loaders import Batches
 from data.records import BASELINE, Scored, best_first, evolution_rows
 from img.plots import draw, plot_search
 from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree, tracked_norms
-from utils import UserError, log, number
+from utils import UserError, absolute_path, log, number, user_path
 
 CALIBRATION_BATCH = 250  # fixed: the mean over batches of their variances depends on it
 GROUP = 50  # the most paths that are scored and recorded together
@@ -42,9 +42,9 @@ def build_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = utils.new_parser("Scores architectures with a trained supernet's weights.")
     add, limit = parser.add_argument, number(float, 0, 1e5)
-    add("--ckpt", nargs="?", type=utils.path, help="last.pth of a supernet; default: the newest")
-    add("--search_dir", type=utils.path, help="results; default: search/ beside the checkpoint")
-    add("--data_dir", type=utils.absolute_path, help="data set; default: where training found it")
+    add("--ckpt", nargs="?", type=user_path, help="last.pth of a supernet; default: the newest")
+    add("--search_dir", type=user_path, help="results; default: search/ beside the checkpoint")
+    add("--data_dir", type=absolute_path, help="data set; default: where training found it")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
     images = "training images for BatchNorm's statistics; 0: keep the supernet's statistics"
     add("--calibration_images", type=number(int, 0), default=2000, help=images)
@@ -92,18 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{folder} is the folder of a run; choose another --search_dir")
     with utils.locked(folder):
         # Settings: the data folder of the training < those of the record < the command line.
-        record, rows, before = folder / "paths.csv", [], {}
+        record, rows, recorded = folder / "paths.csv", [], {}
         if not args.overwrite and utils.on_rank_zero(record.exists):
             rows = utils.on_rank_zero(lambda: records.read_rows(record))
-            before = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
+            recorded = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
         elif not args.overwrite and utils.rank() == 0:
             files = utils.files_to_keep(folder, SEARCH_FILES, "checkpoint")
             if files:
                 raise UserError(f"{files[0]} exists; --overwrite deletes it")
-        now = {"checkpoint": supernet["sha256"]}
-        now |= {name: trained[name] for name in ("space", "space_layout")}
+        weights = {"checkpoint": supernet["sha256"]}
+        weights |= {name: trained[name] for name in ("space", "space_layout")}
         parser.set_defaults(data_dir=trained["data_dir"])
-        args = parser.parse_args(argv, Namespace(**before | now))
+        args = parser.parse_args(argv, Namespace(**recorded | weights))
         device = utils.pick_device(args.device)
         args.precision = utils.pick_precision(args.precision, device)
         args.batch_size = args.batch_size or (1000 if device.type == "cuda" else 250)
@@ -117,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         utils.check_unchanged(trained, current, ["space_layout"], str(path), advice)
         names = SCORED_BY + (BRED_BY if any(row.generation > 0 for row in rows) else [])
         advice = "take another --search_dir, or --overwrite to delete the search"
-        if before:
-            utils.check_unchanged(before, vars(args), names, f"the search in {folder}", advice)
+        if recorded:
+            utils.check_unchanged(recorded, vars(args), names, f"the search in {folder}", advice)
 
         # The network and the images.
         limits = [limit and round(limit * 1e6) for limit in (args.min_flops, args.max_flops)]
         try:
-            space = Space(**args.space_layout)
-            model = Supernet(len(data["classes"]), data["image_size"], space=space)
+            layout = Space(**args.space_layout)
+            model = Supernet(len(data["classes"]), data["image_size"], space=layout)
             model.load_state_dict(supernet["model"])
             space = SearchSpace(model, *limits)
             _ = space.costs  # checks the contract of the candidates
@@ -134,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset.check_same(data, str(path))
         how = device, args.workers, args.precision
         calibration = calibration_batches(dataset, args.calibration_images, trained["cutout"], *how)
-        scored = test = Batches(dataset, dataset.test, args.batch_size, *how)
+        test = scored = Batches(dataset, dataset.test, args.batch_size, *how)
         if args.split == "search":
             scored = Batches(dataset, dataset.search, args.batch_size, *how)
         model.to(device, memory_format=scored.memory_format)
         scorer = Scorer(model, calibration, scored)
 
         if utils.rank() == 0:
-            if not before:
+            if not recorded:
                 for name in SEARCH_FILES:
                     (folder / name).unlink(missing_ok=True)
             names = SCORED_BY + BRED_BY + MAY_GROW + ["space_layout"]
@@ -203,8 +203,8 @@ class Scorer:
             norm.momentum = 1.0  # buffers become the statistics of the last batch
         images = len(scored.labels)
         shuffled = random.Random("halves").sample(range(images), images)
-        self.first_half = torch.zeros(images, dtype=torch.bool, device=scored.device)
-        self.first_half[shuffled[: images // 2]] = True
+        self.half = torch.zeros(images, dtype=torch.bool, device=scored.device)
+        self.half[shuffled[: images // 2]] = True
 
     @torch.inference_mode()
     def score(self, choices: Sequence[Choice]) -> list[dict[str, float]]:
@@ -225,7 +225,7 @@ class Scorer:
             sums, start = [], 0
             for x, y in utils.progress(self.scored, "scoring", len(self.scored)):
                 logits = torch.stack([self.model.head(features) for features in tree.features(x)])
-                half = self.first_half[start : start + len(y)]
+                half = self.half[start : start + len(y)]
                 hits, targets = logits.argmax(-1) == y, y.repeat(len(choices))
                 losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
                 losses = losses.view_as(hits)
@@ -233,7 +233,7 @@ class Scorer:
                 sums.append(torch.stack(columns, dim=1))
                 start += len(y)
             totals = torch.stack(sums).cpu().double().sum(0)
-        counts = torch.tensor([start, max(1, start // 2)]).repeat(2)
+        counts = torch.tensor([start, max(1, start // 2)]).repeat(2)  # all, half, all, half
         scores = (totals / counts * torch.tensor([100, 100, 1, 1])).tolist()
         names = "accuracy", "half_accuracy", "loss", "half_loss"
         return [dict(zip(names, row, strict=True)) for row in scores]
@@ -307,7 +307,7 @@ def propose(
     if generation == 0:
         drawn = space.sample_distinct(utils.named_rng(args.seed, "search"), args.num_paths)
         if len(drawn) < args.num_paths:
-            log.info(f"only {len(drawn)} architectures are within the limits; scoring all of them")
+            log.info(f"there are only {len(drawn)} such architectures; scoring all of them")
         singles = enumerate(space.single_blocks())
         baselines = [Scored(i, choice, generation=BASELINE) for i, choice in singles]
         return baselines + [Scored(i, choice) for i, choice in enumerate(drawn)]
@@ -367,7 +367,7 @@ def crossover(first: Choice, second: Choice, rng: random.Random) -> Choice:
 
 
 def report(
-    folder: Path, supernet: dict, args: Namespace, rows: list[Scored], images: int, test: Scorer
+    folder: Path, supernet: dict, args: Namespace, rows: list[Scored], images: int, tester: Scorer
 ) -> None:
     """Writes the choice, tests the top k, draws the pictures and prints a summary."""
     rows = [row for row in rows if row.generation <= args.generations]  # the record may hold more
@@ -392,7 +392,7 @@ def report(
     top = order[: args.top_k] if args.split == "search" else []
     if top:
         choices = sorted({row.choice for row in top})
-        tested = {c: s["accuracy"] for c, s in zip(choices, test.score(choices), strict=True)}
+        tested = {c: s["accuracy"] for c, s in zip(choices, tester.score(choices), strict=True)}
         found["top"] = [row.as_json() | {"test_accuracy": tested[row.choice]} for row in top]
         utils.write_json(folder / "search.json", found)
     (folder / "evolution.png").unlink(missing_ok=True)  # drawn again if there are generations
@@ -400,7 +400,7 @@ def report(
     scored_on = f"{args.split} split of {images:,} images"
     log.info(f"scores       {numbers['paths']} random paths, {scored_on}")
     log.info(f"             best {text['best']}%, median {text['median']}%, worst {text['worst']}%")
-    log.info(f"             std {text['spread']}, of which sampling noise {text['noise']}")
+    log.info(f"             std {text['spread']}; sampling noise alone {text['noise']}")
     if numbers["undefined"]:
         log.info(f"             {numbers['undefined']} scores are not finite and left out")
     log.info(f"reliability  {text['reliability']} by accuracy, {text['loss_reliability']} by loss")

@@ -27,7 +27,7 @@ from data.datasets import IMAGE_SIZES, ImageData, load_dataset
 from data.loaders import Batches
 from img.plots import draw, plot_training
 from model import INITS, SPACES, Choice, Classifier, SearchSpace, Supernet, defaults, tracked_norms
-from utils import UserError, log, number
+from utils import UserError, absolute_path, log, nonempty, number, user_path
 
 # CIFAR-10's recipe is that of ShunLu91/Single-Path-One-Shot-NAS at 6940c9b, as it was meant, with a
 # higher rate for weights near the identity (img/README.md); ImageNet's is the official code's.
@@ -52,10 +52,10 @@ def build_parser() -> ArgumentParser:
     """The parser; defaults that depend on other flags come from `parse_args`."""
     parser = utils.new_parser("Trains the supernet, or with --choice one architecture alone.")
     add = parser.add_argument
-    add("--exp_name", type=utils.name, default="spos_cifar10", help="the run's folder in OUT_DIR")
-    add("--out_dir", type=utils.path, default="runs", help="parent folder of the runs")
+    add("--exp_name", type=nonempty, default="spos_cifar10", help="the run's folder in OUT_DIR")
+    add("--out_dir", type=user_path, default="runs", help="parent folder of the runs")
     add("--dataset", choices=list(IMAGE_SIZES), help="data set; digits needs no download")
-    add("--data_dir", type=utils.absolute_path, help="where the data set is, or is downloaded to")
+    add("--data_dir", type=absolute_path, help="where the data set is, or is downloaded to")
     add("--image_size", type=number(int, 8), help="pixels; above 64 selects the ImageNet network")
     add("--space", choices=list(SPACES), help="search space, see SPACES in model.py")
     add("--epochs", type=number(int, 1), help="training epochs")
@@ -66,12 +66,12 @@ def build_parser() -> ArgumentParser:
     add("--weight_decay", "--weight-decay", type=number(float, 0), help="BatchNorm is excluded")
     add("--label_smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing")
     add("--cutout", type=number(int, 0), default=0, help="Cutout size in pixels; 0: none")
-    add("--choice", type=utils.path, help="train one architecture: 1-0-3-..., or a search.json")
+    add("--choice", type=user_path, help="train one architecture: 1-0-3-..., or a search.json")
     add("--train_on", choices=("train", "all"), default="train", help="all: the search split too")
     add("--val_interval", type=number(int, 1), default=1, help="epochs between validations")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--init", choices=INITS, help="initial weights")
-    either.add_argument("--init_from", type=utils.path, help="a supernet's last.pth, for --choice")
+    either.add_argument("--init_from", type=user_path, help="a supernet's last.pth, for --choice")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue with the run's settings")
     either.add_argument("--overwrite", action="store_true", help="delete the run and start again")
@@ -102,16 +102,18 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     given, _ = parser.parse_known_args(argv)
-    before, found = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}, {}
+    inherited = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}
+    found = {}
     if os.path.isfile(given.choice or ""):
         found = utils.read_json(Path(given.choice))
         if "accuracy" not in found:
             raise UserError(f"{given.choice} is no search.json: it lacks 'accuracy'")
         argv += ["--choice", found["choice"]]  # the file stands for the choice in it
-        before = {name: found[name] for name in ("dataset", "data_dir", "image_size", "space")}
-        before["supernet_accuracy"] = found["accuracy"]
+        inherited = {name: found[name] for name in ("dataset", "data_dir", "image_size", "space")}
+        inherited["supernet_accuracy"] = found["accuracy"]
     asked = {name: value for name, value in vars(given).items() if value is not None}
-    parser.set_defaults(**recipe(before | asked) | before)
+    # The recipe depends on the other two: it is for a data set, an image size, a kind of network.
+    parser.set_defaults(**recipe(inherited | asked) | inherited)
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
 
     last, recorded = Path(given.out_dir, given.exp_name, "last.pth"), {}
@@ -122,7 +124,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         recorded = {n: v for n, v in checkpoint["args"].items() if n not in COMMAND}
     args = parser.parse_args(argv, Namespace(**recorded))
     if args.space not in SPACES:
-        raise UserError(f"{last} has the space {args.space}, which is not in SPACES (model.py)")
+        source = last if checkpoint else given.choice
+        raise UserError(f"{source} has the space {args.space}, which is not in SPACES (model.py)")
     args.space_layout = asdict(SPACES[args.space])
     advice = "a run keeps its settings: drop the flag, or take another --exp_name"
     utils.check_unchanged(recorded, vars(args), recorded.keys() - CHANGEABLE, str(last), advice)
@@ -171,14 +174,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = {"torch": torch.__version__, "device_name": utils.describe_device(device)}
         log.info(f"device    {about['device_name']}, {args.precision}, torch {about['torch']}")
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in batches.items())
-        kind = f"{dataset.image_size} px, {len(dataset.classes)} classes"
-        log.info(f"data      {dataset.name}, {kind}: {sizes} images")
+        shape = f"{dataset.image_size} px, {len(dataset.classes)} classes"
+        log.info(f"data      {dataset.name}, {shape}: {sizes} images")
         for note in dataset.notes:
             log.info(f"data      {note}")
         kind = "supernet" if args.choice is None else f"architecture {args.choice}"
-        count, weights = sum(p.numel() for p in model.parameters()), args.init or args.init_from
-        kind = f"{args.space}, {kind}, {count:,} parameters"
-        log.info(f"network   {kind}, initial weights: {weights}")
+        count = sum(p.numel() for p in model.parameters())
+        weights = f"initial weights: {args.init or args.init_from}"
+        log.info(f"network   {args.space}, {kind}, {count:,} parameters, {weights}")
         if utils.rank() == 0:
             utils.write_json(folder / "args.json", vars(args) | about)
 
@@ -213,7 +216,8 @@ def train(
     if utils.world_size() > 1:
         # All ranks draw the same path, so weights that are unused on one are unused on all.
         network = DistributedDataParallel(model, find_unused_parameters=True)
-        network.broadcast_buffers = False  # once an epoch is enough, see below
+        # Not as an argument, which would leave out the first broadcast too. Later ones: see below.
+        network.broadcast_buffers = False
     if rows and utils.rank() == 0:  # a kill or a copy may have lost these files
         records.write_csv(folder / "metrics.csv", rows)
         draw(plot_training, rows, folder / "training.png", validated_on)
@@ -323,7 +327,7 @@ def new_network(classes: int, args: Namespace) -> Supernet:
 def check_network(args: Namespace) -> None:
     """Raises UserError if --choice or a candidate is wrong, before any work."""
     try:
-        _ = SearchSpace(new_network(1, args)).costs
+        _ = SearchSpace(new_network(1, args)).costs  # checks the contract of the candidates
     except ValueError as error:
         where = f"--space {args.space}" if args.choice is None else f"--choice {args.choice}"
         raise UserError(f"{where}: {error}") from None
@@ -427,6 +431,7 @@ def test(file: Path, model: Supernet, images: Batches, args: Namespace) -> None:
     accuracy, error = measured["top1"], records.standard_error(measured["top1"], count)
     result = {"choice": args.choice, "test_accuracy": accuracy, "standard_error": error}
     result |= {"test_images": count, "test_top5": measured["top5"]}
+    result["classes"] = images.dataset.classes
     result |= {"flops_m": space.flops(choice) / 1e6, "params_m": space.params(choice) / 1e6}
     settings = "dataset", "train_on", "epochs", "seed", "supernet_accuracy"
     if utils.rank() == 0:

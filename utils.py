@@ -61,21 +61,21 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def name(text: str) -> str:
-    """An argparse type: a text that is not empty, as an unset shell variable is."""
+def nonempty(text: str) -> str:
+    """An argparse type: a text; rejects the empty one of an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
-def path(text: str) -> str:
+def user_path(text: str) -> str:
     """An argparse type: a path; ~ is the home folder."""
-    return os.path.expanduser(name(text))
+    return os.path.expanduser(nonempty(text))
 
 
 def absolute_path(text: str) -> str:
     """An argparse type: a path that stays valid in another working folder."""
-    return os.path.abspath(path(text))
+    return os.path.abspath(user_path(text))
 
 
 def number(kind: type, low: float = -math.inf, high: float = 1e9) -> Callable[[str], float]:
@@ -299,6 +299,6 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):  # another C library
         return
     trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    # Before 2.35 glibc refuses the first one, and the second one alone would make it worse.
+    # Before 2.35 glibc refuses this mmap_threshold, and trim_threshold alone would make it worse.
     if mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**30)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import is_image_file, make_dataset
 
-from data.images import RESIDENT_PIXELS, decode
+from data.images import RESIDENT_SIDE, decode
 from utils import UserError, check_unchanged, locked, on_rank_zero
 
 IMAGE_SIZES = {"cifar10": 32, "imagenet": 224, "folder": 32, "digits": 16}
@@ -167,7 +167,7 @@ def _folders(name: str, root: Path, image_size: int, workers: int) -> ImageData:
         seen[real] = file
     files = [Path(file).relative_to(root).as_posix() for file in train.images + search.images]
     digest = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()
-    if image_size <= RESIDENT_PIXELS:
+    if image_size <= RESIDENT_SIDE:
         train, search, test = (
             Split(decode(split.images, image_size, workers), split.labels)
             for split in (train, search, test)

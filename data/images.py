@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from utils import UserError, progress
 
-RESIDENT_PIXELS = 64  # images up to this size are decoded once and kept on the device
+RESIDENT_SIDE = 64  # images up to this size are decoded once and kept on the device
 MAX_ASPECT_RATIO = 1000  # thinner images take gigabytes when their shorter side is resized
 
 
@@ -45,7 +45,7 @@ class ImageFiles(Dataset):
 
 def evaluation_transform(image_size: int) -> v2.Transform:
     """Resizes the shorter side and crops the centre: of large images 224 out of 256, as usual."""
-    side = image_size if image_size <= RESIDENT_PIXELS else image_size * 256 // 224
+    side = image_size if image_size <= RESIDENT_SIDE else image_size * 256 // 224
     return v2.Compose([v2.Resize(side), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 

@@ -35,8 +35,8 @@ def format_choice(choice: Sequence[int]) -> str:
 class Scored:
     """An architecture and, once it is scored, its scores and costs: one row of paths.csv.
 
-    index counts within a generation: BASELINE, 0 for random draws, 1, 2, ... for evolution.
-    Accuracies are in percent, the loss is the mean cross-entropy, half_*: both on the first half of
+    index counts within its generation, which is BASELINE, 0 (random draws) or 1, 2, ... (children).
+    Accuracies are in percent, the loss is the mean cross-entropy, half_*: both on a random half of
     the images. Costs are in millions.
     """
 

@@ -105,7 +105,7 @@ def plot_histogram(rows: Sequence[Scored], path: Path, split: str) -> None:
     axis.axvline(best, color=ORANGE, label=f"best {best:.2f}%")
     _, noise = records.reliability(drawn, "accuracy")
     if noise is not None:
-        label = f"sampling noise: std {noise:.2f} of {accuracies.std(ddof=1):.2f}"
+        label = f"std {accuracies.std(ddof=1):.2f}; sampling noise alone {noise:.2f}"
         height = 1.07 * counts.max()
         axis.errorbar(accuracies.mean(), height, xerr=noise, color=GREY, capsize=3, label=label)
     axis.set(xlabel=f"top-1 with the supernet's weights, {split} split (%)", ylabel="architectures")
