@@ -39,6 +39,13 @@ class Space:
     last: int
     candidates: list[str]
 
+    def __post_init__(self):
+        # As JSON gives it back, which has neither tuples nor NumPy's numbers.
+        object.__setattr__(self, "stem", [int(number) for number in self.stem])
+        layers = [[int(channels), int(stride)] for channels, stride in self.layers]
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "candidates", list(self.candidates))
+
 
 def stages(*stages: tuple[int, int, int]) -> list[list[int]]:
     """Layers from (count, channels, stride of the first one); the others have stride 1."""
@@ -57,6 +64,7 @@ SPACES = {
     "nasbench_macro": Space([32, 1], MACRO, 1280, ["identity", "mb3_k3", "mb6_k5"]),
 }
 INITS = "identity", "official"
+torch.backends.mha.set_fastpath_enabled(False)  # it hides attention from the counter of operations
 NOISE = 0.1  # of the weights near the identity; see Supernet.initialise
 
 
@@ -104,6 +112,8 @@ class Supernet(nn.Module):
                         block = CANDIDATES[name](in_channels, out_channels, stride, affine)
                         if block is not None:
                             layer[name] = block
+                            if any(map(nn.parameter.is_lazy, block.parameters())):
+                                raise ValueError("lazy modules are not supported")
                     except Exception as error:  # of a user's own block, or of its name
                         reason = error.args[0] if error.args else error
                         raise ValueError(f"candidate {name!r}, layer {i}: {reason}") from None
@@ -125,7 +135,7 @@ class Supernet(nn.Module):
         agree at first. The stem is normal with deviation 1/3. The classifier has 0.01 in both.
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
                 outputs, inputs, *kernel = module.weight.shape
                 if init == "official" or module is self.stem[0]:
                     nn.init.normal_(module.weight, std=1 / inputs)
@@ -162,16 +172,24 @@ class Supernet(nn.Module):
     def load_path(self, state: dict[str, Tensor]) -> None:
         """Takes the weights of this network, which is built with a choice, from a supernet's state.
 
-        BatchNorm's scales and shifts, which a supernet lacks, stay as they are. Raises ValueError
+        What a supernet lacks, as BatchNorm's scales and shifts, stays as it is. Raises ValueError
         if another entry is missing.
         """
-        own = self.state_dict()
-        on_path = {key: value for key, value in state.items() if key in own}
-        missing, _ = self.load_state_dict(on_path, strict=False)
-        norms = [name for name, m in self.named_modules() if hasattr(m, "running_mean")]
-        scales = {f"{name}.{parameter}" for name in norms for parameter in ("weight", "bias")}
-        if lacking := [key for key in missing if key not in scales]:
+        choice, classes = (
+            [options[0] for options in self.options],
+            self.head.classifier.out_features,
+        )
+        shared = Supernet(classes, self.image_size, choice=choice, space=self.space).state_dict()
+        if lacking := [key for key in shared if key not in state]:
             raise ValueError(f"it lacks {', '.join(lacking[:3])}")
+        self.load_state_dict({key: state[key] for key in shared}, strict=False)
+
+    def place(self, device: torch.device, memory_format: torch.memory_format) -> None:
+        """Moves to a device, and weights of four dimensions, no others, into a memory format."""
+        self.to(device)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.to(memory_format=memory_format)
 
 
 class Head(nn.Module):
@@ -217,8 +235,8 @@ class Node:
 
     def __init__(self, module: nn.Module):
         self.module, self.children = module, []
-        norms = tracked_norms(module)
-        self.buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+        buffers = [(m.running_mean, getattr(m, "running_var", None)) for m in tracked_norms(module)]
+        self.buffers = [buffer for pair in buffers for buffer in pair if buffer is not None]
         self.statistics = [buffer.clone() for buffer in self.buffers]
 
     def calibrate(self, x: Tensor, i: int) -> None:
@@ -286,10 +304,13 @@ class SearchSpace:
 
     def params(self, choice: Sequence[int]) -> int:
         """Parameters of the stand-alone network, with BatchNorm's scales and shifts."""
-        path = self.model.path(choice)
-        norms = [m for m in path.modules() if isinstance(m, nn.BatchNorm2d) and not m.affine]
-        parameters = sum(p.numel() for p in path.parameters())
-        return parameters + sum(2 * norm.num_features for norm in norms)
+        return sum(p.numel() for p in self._affine.path(choice).parameters())
+
+    @cached_property
+    def _affine(self) -> Supernet:
+        classes, size = self.model.head.classifier.out_features, self.model.image_size
+        with torch.random.fork_rng(devices=[]):  # its initial weights are not needed
+            return Supernet(classes, size, affine=True, space=self.model.space)
 
     def __contains__(self, choice: Choice) -> bool:
         return not self.limited or self.low <= self.flops(choice) <= self.high
@@ -336,13 +357,17 @@ class SearchSpace:
         Raises ValueError, with candidate and layer, if a block breaks the contract of CANDIDATES.
         """
         model, layers, known = self.model, [], {}
-        x = torch.zeros(1, 3, model.image_size, model.image_size)
-        fixed, x = multiply_adds(model.stem, x)
+        rng = torch.Generator().manual_seed(0)
+        fixed, x = multiply_adds(
+            model.stem, torch.rand(2, 3, *[model.image_size] * 2, generator=rng)
+        )
         for i, (channels, stride) in enumerate(model.space.layers):
+            if not self.options[i]:
+                raise ValueError(f"layer {i} has no candidate")
             side = -(-x.shape[-1] // stride)
-            expected, found = (1, channels, side, side), {}
+            expected, found = (2, channels, side, side), {}
             for number in self.options[i]:
-                name, version = model.names[number], x._version  # counts in-place changes
+                name = model.names[number]
                 try:
                     key = name, x.shape, expected  # equal blocks are counted once
                     if key not in known:
@@ -351,13 +376,11 @@ class SearchSpace:
                     if y.shape != expected:
                         shapes = f"{tuple(x.shape)} becomes {tuple(y.shape)}"
                         raise ValueError(f"{shapes}, not {expected}")
-                    if x._version != version:
-                        raise ValueError("it changes its input")
                 except Exception as error:  # of a user's own block
                     reason = str(error).strip().partition("\n")[0]
                     raise ValueError(f"candidate {name}, layer {i}: {reason}") from None
             layers.append(found)
-            x = torch.zeros(expected)
+            x = torch.rand(expected, generator=rng)
         last, _ = multiply_adds(model.last, x)
         return fixed + last + model.head.classifier.weight.numel(), layers
 
@@ -383,9 +406,20 @@ class SearchSpace:
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Multiply-adds of a module for `x` on the CPU, and its output."""
-    module = copy.deepcopy(module).cpu().eval()
-    module.__dict__.pop("forward", None)  # of a captured block; it would replay the block's graph
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        y = module(x)
-    return counter.get_total_flops() // 2, y  # PyTorch counts a multiply-add as two
+    """Multiply-adds of a module per image of the batch `x`, on the CPU, and its output.
+
+    Raises ValueError if it changes `x`, or if its output has another type or is random.
+    """
+    module, version = copy.deepcopy(module).cpu().eval(), x._version  # counts in-place changes
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with FlopCounterMode(display=False) as counter:
+            y = module(x)
+        again = module(x)
+        module.train()(x)
+    if x._version != version:
+        raise ValueError("it changes its input")
+    if y.dtype != x.dtype:
+        raise ValueError(f"its output is {y.dtype}, not {x.dtype}")
+    if not torch.allclose(y, again, equal_nan=True):
+        raise ValueError("in evaluation mode, the same images have another output every time")
+    return counter.get_total_flops() // 2 // len(x), y  # PyTorch counts a multiply-add as two

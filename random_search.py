@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with utils.locked(folder):
         # Settings: the data folder of the training < those of the record < the command line.
         record, rows, recorded = folder / "paths.csv", [], {}
-        if not args.overwrite and utils.on_rank_zero(record.exists):
+        goes_on = not args.overwrite and utils.on_rank_zero(record.exists)
+        if goes_on:
             rows = utils.on_rank_zero(lambda: records.read_rows(record))
             recorded = utils.on_rank_zero(lambda: utils.read_json(folder / "args.json"))
         elif not args.overwrite and utils.rank() == 0:
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         utils.check_unchanged(trained, current, ["space_layout"], str(path), advice)
         names = SCORED_BY + (BRED_BY if any(row.generation > 0 for row in rows) else [])
         advice = "take another --search_dir, or --overwrite to delete the search"
-        if recorded:
+        if goes_on:
             utils.check_unchanged(recorded, vars(args), names, f"the search in {folder}", advice)
 
         # The network and the images.
@@ -137,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = scored = Batches(dataset, dataset.test, args.batch_size, *how)
         if args.split == "search":
             scored = Batches(dataset, dataset.search, args.batch_size, *how)
-        model.to(device, memory_format=scored.memory_format)
+        model.place(device, scored.memory_format)
         scorer = Scorer(model, calibration, scored)
 
         if utils.rank() == 0:
-            if not recorded:
+            if not goes_on:
                 for name in SEARCH_FILES:
                     (folder / name).unlink(missing_ok=True)
             names = SCORED_BY + BRED_BY + MAY_GROW + ["space_layout"]

@@ -5,6 +5,7 @@ Guo et al., arXiv 1904.00420, section 3.2: every step draws one path uniformly a
 
 import math
 import os
+import random
 import shlex
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -103,9 +105,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     given, _ = parser.parse_known_args(argv)
     inherited = {"dataset": "cifar10", "data_dir": "./data", "supernet_accuracy": None}
-    found = {}
-    if os.path.isfile(given.choice or ""):
-        found = utils.read_json(Path(given.choice))
+    found = utils.on_rank_zero(
+        lambda: utils.read_json(Path(given.choice)) if os.path.isfile(given.choice or "") else None
+    )
+    if found is not None:
         if "accuracy" not in found:
             raise UserError(f"{given.choice} is no search.json: it lacks 'accuracy'")
         argv += ["--choice", found["choice"]]  # the file stands for the choice in it
@@ -162,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset.check_same(checkpoint["data"], str(folder / "last.pth"))
         batches = load_batches(dataset, args, device)
         model = build_model(dataset, args, checkpoint)
-        model.to(device, memory_format=batches["train"].memory_format)
+        model.place(device, batches["train"].memory_format)
         optimizer = build_optimizer(model, args, checkpoint)
 
         if checkpoint is None and utils.rank() == 0:
@@ -229,6 +232,8 @@ def train(
         network.train()
         dropout = utils.named_rng(args.seed, f"dropout {epoch} {utils.rank()}")
         torch.manual_seed(dropout.getrandbits(63))
+        random.seed(dropout.getrandbits(63))  # a user's block may drop paths by these
+        np.random.seed(dropout.getrandbits(32))
         rng, losses, hits = utils.named_rng(args.seed, f"train {epoch}"), [], []
         epoch_images = images.epoch(args.seed, epoch, args.cutout)
         for step, (x, y) in enumerate(utils.progress(epoch_images, f"epoch {epoch + 1}", steps)):
@@ -248,7 +253,8 @@ def train(
             hits.append((logits.argmax(1) == y).float().mean())
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
                 check_finite(losses, epoch)
-        if not all(value.isfinite().all() for value in model.state_dict().values()):
+        means = [norm.running_mean for norm in tracked_norms(model)]
+        if not all(tensor.isfinite().all() for tensor in [*model.parameters(), *means]):
             raise UserError(f"weights not finite after epoch {epoch + 1}; lower --learning_rate")
         means = torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))
         loss, accuracy = (utils.all_reduce(means) / utils.world_size()).tolist()
@@ -328,7 +334,7 @@ def check_network(args: Namespace) -> None:
     """Raises UserError if --choice or a candidate is wrong, before any work."""
     try:
         _ = SearchSpace(new_network(1, args)).costs  # checks the contract of the candidates
-    except ValueError as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         where = f"--space {args.space}" if args.choice is None else f"--choice {args.choice}"
         raise UserError(f"{where}: {error}") from None
 

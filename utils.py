@@ -206,6 +206,8 @@ def open_log(file: Path | None = None) -> None:
         handler.close()
     if rank() == 0:
         log.setLevel(logging.INFO)
+        if hasattr(sys.stdout, "reconfigure"):  # unlike a notebook's; a terminal may lack the ±
+            sys.stdout.reconfigure(errors="backslashreplace")
         log.addHandler(logging.StreamHandler(sys.stdout))
         if file is not None:
             log.addHandler(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))

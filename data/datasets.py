@@ -189,7 +189,7 @@ def _list_images(
     if not folder.is_dir():
         needs = "--data_dir needs train/<class>/ and val/<class>/ (or test/<class>/)"
         raise UserError(f"no folder {folder}; {needs}")
-    hidden = ".", "__"  # left by tools: .ipynb_checkpoints, __MACOSX
+    hidden = ".", "__MACOSX"  # left by tools
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(hidden)]
     if dead := [entry.path for entry in entries if not os.path.exists(entry.path)]:
         raise UserError(f"{dead[0]} is a link to nothing")

@@ -1,6 +1,7 @@
 """Own candidate blocks, own folders and other machines: whatever keeps the contract works."""
 
 import errno
+import math
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 
 import filelock
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,25 +24,36 @@ from data.datasets import load_dataset
 from data.loaders import Batches
 from data.records import Scored, load_checkpoint, read_rows, reliability
 from model import SPACES, SearchSpace, Space, Supernet, stages
-from utils import UserError
+from utils import UserError, read_json
 
 CPU = torch.device("cpu")
 ALONE = ["--choice", "0-0-0"]
 
 
 class Own(nn.Module):
-    """A candidate with a scalar, kernels of 1x7 and 7x1, InstanceNorm and dropout."""
+    """A candidate with almost everything that is allowed.
+
+    A parameter of five dimensions, kernels of 1x7, 7x1 and a fixed one, two more norms, random
+    paths by three generators, an infinite buffer and a forward of its own.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, affine: bool):
         super().__init__()
-        self.gate = nn.Parameter(torch.tensor(0.5))
+        self.gate = nn.Parameter(torch.full((1, 1, 1, 1, 1), 0.5))
+        self.register_buffer("mask", torch.tensor(-math.inf))
         wide = nn.Conv2d(inputs, outputs, (1, 7), stride, padding=(0, 3), bias=False)
         high = nn.Conv2d(outputs, outputs, (7, 1), padding=(3, 0), bias=False)
+        self.fixed = nn.Conv2d(outputs, outputs, 1, bias=False).requires_grad_(False)
+        nn.init.eye_(self.fixed.weight[:, :, 0, 0])
         norm = nn.InstanceNorm2d(outputs, track_running_stats=True)
-        self.main = nn.Sequential(wide, high, norm, nn.Dropout2d(0.3))
+        group = nn.GroupNorm(2, outputs, affine=affine)
+        self.main = nn.Sequential(wide, high, norm, group, self.fixed, nn.Dropout2d(0.3))
+        self.forward = self.run
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.main(x) * self.gate
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.main(x) * self.gate[0]
+        if self.training:
+            y = y * random.choice([0.5, 1.5]) * np.random.choice([0.5, 1.5])
         return y if y.abs().mean() < 1e3 else y / 2  # cannot be exported
 
 
@@ -66,7 +79,7 @@ def test_every_parameter_trains_and_a_resumed_run_is_equal(space, tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(supernet, "check_finite", Mock(side_effect=[None, KeyboardInterrupt]))
         train(tmp_path / "b", "--epochs", "2")
-    torch.rand(7)
+    torch.rand(7), random.random(), np.random.rand()
     again = train(tmp_path / "b", "--epochs", "2", "--resume")["model"]
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
@@ -74,6 +87,7 @@ def test_every_parameter_trains_and_a_resumed_run_is_equal(space, tmp_path, monk
 def test_kernels_of_any_shape_begin_as_a_copy_in_their_centre(space):
     """(PaddlePaddle/PaddleSlim#969, cosmic-cortex/neural-networks-from-scratch#1)"""
     main = Supernet(10, 8, space=space).layers[0]["own"].main
+    assert torch.equal(main[4].weight[:, :, 0, 0], torch.eye(8))  # not trainable: left alone
     for weight, centre in ((main[0].weight, (0, 3)), (main[1].weight, (3, 0))):
         for channel in range(8):
             assert weight[channel, channel][centre].item() == pytest.approx(1, abs=0.2)
@@ -111,12 +125,67 @@ def test_a_block_that_cannot_be_exported_costs_the_export_alone(space, tmp_path,
     assert "warning: no model.pt2" in capsys.readouterr().out
 
 
+class Noisy(nn.Module):
+    """Dropout that evaluation does not turn off, or another type."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5).to(self.dtype)
+
+
+def test_costs_and_inherited_weights_follow_other_norms(space, tmp_path):
+    """Parameters are those of the network alone, which may start from the supernet's weights."""
+    shared = train(tmp_path / "shared")["model"]
+    flags = ["--init_from", str(tmp_path / "shared/net/last.pth"), "--learning_rate", "0"]
+    alone = train(tmp_path / "alone", *ALONE, *flags)["model"]
+    key = "layers.1.own.main.0.weight"
+    assert torch.equal(alone[key], shared[key]) and "layers.1.own.main.3.weight" in alone
+    whole = SearchSpace(Supernet(10, 8, space=space))
+    network = Supernet(10, 8, True, (0, 0, 0), space=space)
+    assert whole.params((0, 0, 0)) == sum(p.numel() for p in network.parameters())
+    assert read_json(tmp_path / "alone/net/result.json")["params_m"] * 1e6 == whole.params((0,) * 3)
+
+
+class Attention(nn.Module):
+    """Self-attention over 8x8 places of 8 channels, with the residual."""
+
+    def __init__(self, *_: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = x.flatten(2).transpose(1, 2)
+        return x + self.attention(places, places, places)[0].transpose(1, 2).reshape(x.shape)
+
+
+def test_attention_is_counted(monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "attention", Attention)
+    space = Space((8, 1), ((8, 1),), 32, ("attention",))  # tuples are as good as lists
+    assert space == Space([8, 1], [[8, 1]], 32, ["attention"])
+    (costs,) = SearchSpace(Supernet(10, 8, space=space)).costs[1]
+    projections, products = 4 * 64 * 8 * 8, 2 * 64 * 64 * 8
+    assert costs == {0: projections + products}
+
+
+def test_a_layer_needs_a_candidate(space, tmp_path, monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "none", lambda *_: None)
+    space.candidates[:] = ["none"]
+    with pytest.raises(UserError, match="layer 0 has no candidate"):
+        train(tmp_path)
+
+
 BROKEN = [
     ("no_stride", lambda inputs, outputs, *_: nn.Conv2d(inputs, outputs, 1), "layer 1: .*, not"),
     ("in_place", lambda *_: nn.ReLU(inplace=True), "layer 0: it changes its input"),
     ("wrong_width", lambda *_: nn.Conv2d(7, 8, 1), "layer 0: .*channels"),
     ("raises", lambda *_: nn.Conv2d(8, 8, 1, groups=7), "layer 0: in_channels must be divisible"),
     ("mb3.5", lambda *_: nn.Identity(), "layer 0: .*can't contain"),
+    ("lazy", lambda *_: nn.LazyConv2d(8, 1), "layer 0: lazy"),
+    ("noisy", lambda *_: Noisy(), "layer 0: in evaluation mode"),
+    ("wide", lambda *_: Noisy(torch.float64), r"layer 0: its output is torch\.float64"),
 ]
 
 

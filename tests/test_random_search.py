@@ -118,7 +118,7 @@ def test_paths_with_common_prefixes_score_as_each_alone(trained):
             torch.testing.assert_close(node.statistics, buffers, rtol=1e-5, atol=1e-6)
             nodes = node.children
         hits, losses = naive(alone, images)
-        for prefix, part in (("", slice(None)), ("half_", scorer.first_half)):
+        for prefix, part in (("", slice(None)), ("half_", scorer.half)):
             # Accuracies may differ by an image of a half.
             assert score[f"{prefix}accuracy"] == pytest.approx(hits[part].mean().item(), abs=0.7)
             assert score[f"{prefix}loss"] == pytest.approx(losses[part].mean().item(), abs=1e-4)
@@ -134,7 +134,7 @@ def test_a_score_depends_on_the_path_alone(trained):
     assert scorer.score([a, b])[0] == pytest.approx(alone, abs=1e-5)
     assert scorer.score([a])[0] == alone
     other = Scorer(model, calibration, Batches(images.dataset, images.dataset.search, 7, CPU))
-    assert torch.equal(other.first_half, scorer.first_half) and other.first_half.sum() == 150
+    assert torch.equal(other.half, scorer.half) and other.half.sum() == 150
     assert other.score([a])[0] == pytest.approx(alone, abs=1e-5)
     hits, _ = naive(model.eval(), images, a)
     (uncalibrated,) = Scorer(model, None, images).score([a])
@@ -486,7 +486,7 @@ def test_flops_limits_are_met_or_refused(quick, search, space, tmp_path):
     rows, log = record(tmp_path), (tmp_path / "log.txt").read_text()
     assert all(space.flops(row.choice) <= limit for row in rows[4:])
     assert sum(row.generation == 0 for row in rows) == 36
-    assert "only 36 architectures are within the limits" in log
+    assert "there are only 36 such architectures" in log
     own = {row.choice for row in rows[4:10] + rows[40:]}
     singles = {row.choice for row in rows[:4] if space.flops(row.choice) <= limit}
     left = 36 - len(own | singles)
