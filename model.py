@@ -415,7 +415,10 @@ def multiply_adds(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
         with FlopCounterMode(display=False) as counter:
             y = module(x)
         again = module(x)
-        module.train()(x)
+        module.train()  # it must not change its input in training either
+        for norm in tracked_norms(module):
+            norm.eval()  # SyncBatchNorm would ask for a GPU
+        module(x)
     if x._version != version:
         raise ValueError("it changes its input")
     if y.dtype != x.dtype:
