@@ -64,8 +64,8 @@ SPACES = {
     "nasbench_macro": Space([32, 1], MACRO, 1280, ["identity", "mb3_k3", "mb6_k5"]),
 }
 INITS = "identity", "official"
-torch.backends.mha.set_fastpath_enabled(False)  # it hides attention from the counter of operations
 NOISE = 0.1  # of the weights near the identity; see Supernet.initialise
+torch.backends.mha.set_fastpath_enabled(False)  # it hides attention from the counter of operations
 
 
 def defaults(image_size: int) -> dict[str, str]:
@@ -175,10 +175,8 @@ class Supernet(nn.Module):
         What a supernet lacks, as BatchNorm's scales and shifts, stays as it is. Raises ValueError
         if another entry is missing.
         """
-        choice, classes = (
-            [options[0] for options in self.options],
-            self.head.classifier.out_features,
-        )
+        choice = [options[0] for options in self.options]
+        classes = self.head.classifier.out_features
         shared = Supernet(classes, self.image_size, choice=choice, space=self.space).state_dict()
         if lacking := [key for key in shared if key not in state]:
             raise ValueError(f"it lacks {', '.join(lacking[:3])}")

@@ -253,8 +253,8 @@ def train(
             hits.append((logits.argmax(1) == y).float().mean())
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
                 check_finite(losses, epoch)
-        means = [norm.running_mean for norm in tracked_norms(model)]
-        if not all(tensor.isfinite().all() for tensor in [*model.parameters(), *means]):
+        statistics = [norm.running_mean for norm in tracked_norms(model)]
+        if not all(tensor.isfinite().all() for tensor in [*model.parameters(), *statistics]):
             raise UserError(f"weights not finite after epoch {epoch + 1}; lower --learning_rate")
         means = torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))
         loss, accuracy = (utils.all_reduce(means) / utils.world_size()).tolist()
