@@ -259,14 +259,24 @@ def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) 
     lines = []
     for name, column in scores.items():
         low, high = records.kendall_interval(column, true, draws=200)
-        text = f"{records.kendall(column, true):.3f} ({low:.3f} to {high:.3f})"
-        equal = records.kendall(column, true, skips)
-        lines.append(f"tau by {name}: {text}, equally many identities {equal:.3f}")
+        line = f"tau by {name}: {records.kendall(column, true):.3f} ({low:.3f} to {high:.3f})"
+        if not math.isnan(equal := records.kendall(column, true, skips)):
+            line += f", equally many identities {equal:.3f}"
+        lines.append(line)
+    same: dict[str, list[float]] = {}  # the scores of paths that are the same network
+    for row in drawn:
+        same.setdefault(str(truth[keys[row.choice]]), []).append(getattr(row, by))
+    if repeated := [np.array(group) for group in same.values() if len(group) > 1]:
+        errors = np.concatenate([group - group.mean() for group in repeated])
+        noise = math.sqrt((errors**2).sum() / (len(errors) - len(repeated)))
+        line = f"{by}: std {values(drawn, by).std(ddof=1):.4f}; between paths that are the same"
+        lines.append(f"{line} network {noise:.4f}")
     low, high = (settings.get(name) for name in ("min_flops", "max_flops"))
     networks = list({str(entry): entry for entry in truth.values()}.values())
     within = [n for n in networks if (low or 0) <= n["flops"] / 1e6 <= (high or math.inf)]
     top = [truth[keys[row.choice]]["mean_acc"] for row in order[:10]]
-    for kind, part in (("all", networks), ("those within the limits", within)):
+    parts = {"all": networks} | ({"those within the limits": within} if low or high else {})
+    for kind, part in parts.items():
         rank = 1 + sum(network["mean_acc"] > top[0] for network in part)
         lines.append(f"choice: {top[0]:.2f}%, rank {rank} of {len(part):,}, {kind}")
     lines.append(f"ten best: mean {np.mean(top):.2f}%")

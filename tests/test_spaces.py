@@ -93,6 +93,10 @@ def test_scores_are_set_against_the_truth(out, tmp_path, monkeypatch):
     rank = sorted(true, reverse=True).index(best) + 1
     assert f"choice: {best:.2f}%, rank {rank} of 60, all" in lines
     assert min(Image.open(tmp_path / "truth.png").size) > 300
+    truth[f"{1:08b}"] = truth[f"{0:08b}"]  # two paths that are the same network
+    noise = abs(rows[0].loss - rows[1].loss) / 2**0.5
+    lines = plots.plot_truth(rows, truth, tmp_path / "truth.png", settings)
+    assert any(line.endswith(f"same network {noise:.4f}") for line in lines)
     write_json(tmp_path / "truth.json", truth)
     files = [str(out / "macro/search/paths.csv"), "--truth", str(tmp_path / "truth.json")]
     monkeypatch.setattr("sys.argv", ["plots.py", *files])
