@@ -22,7 +22,7 @@ from blocks import capture_blocks
 from data import records
 from data.datasets import ImageData, load_dataset
 from data.loaders import Batches
-from data.records import BASELINE, Scored, best_first, evolution_rows
+from data.records import BASELINE, Scored, asked_for, best_first, evolution_rows
 from img.plots import draw, plot_search
 from model import SPACES, Choice, SearchSpace, Space, Supernet, path_tree, tracked_norms
 from utils import UserError, absolute_path, log, number, user_path
@@ -42,13 +42,13 @@ def build_parser() -> ArgumentParser:
     """The parser of this script."""
     parser = utils.new_parser("Scores architectures with a trained supernet's weights.")
     add, limit = parser.add_argument, number(float, 0, 1e5)
-    add("--ckpt", nargs="?", type=user_path, help="last.pth of a supernet; default: the newest")
-    add("--search_dir", type=user_path, help="results; default: search/ beside the checkpoint")
-    add("--data_dir", type=absolute_path, help="data set; default: where training found it")
+    add("--ckpt", nargs="?", type=user_path, help="last.pth of a supernet; None: the newest")
+    add("--search_dir", type=user_path, help="results; None: search/ beside the checkpoint")
+    add("--data_dir", type=absolute_path, help="data set; None: where training found it")
     add("--num_paths", type=number(int, 1), default=1000, help="random architectures to score")
     images = "training images for BatchNorm's statistics; 0: keep the supernet's statistics"
     add("--calibration_images", type=number(int, 0), default=2000, help=images)
-    add("--batch_size", type=number(int, 1), help="images per scoring step; 250, on CUDA 1000")
+    add("--batch_size", type=number(int, 1), help="images per step; None: 250, on CUDA 1000")
     add("--min_flops", type=limit, help="lower limit, in millions of multiply-adds")
     add("--max_flops", type=limit, help="upper limit, in millions of multiply-adds")
     add("--generations", type=number(int, 0), default=0, help="of evolution, after random search")
@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info(f"data         {note}")
         images = len(calibration.labels) if calibration else 0
         if images != args.calibration_images:
-            log.info(f"warning: calibrating on {images:,} of {len(dataset.train):,} images")
+            whole = f"whole batches of {CALIBRATION_BATCH}, at most {len(dataset.train):,}"
+            log.info(f"warning: calibrating on {images:,} images: {whole}")
         if supernet["epoch"] < trained["epochs"]:
             log.info("warning: this supernet is unfinished: its learning rate has not reached 0")
         if args.split == "test":
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(f"record       {len(rows)} scores in {record}")
         if sum(row.generation == 0 for row in rows) > args.num_paths:
             log.info(f"warning: the results are those of the first {args.num_paths} random paths")
-        paths = args.num_paths + args.generations * args.population - len(rows)
+        paths = max(0, args.num_paths + args.generations * args.population - len(rows))
         log.info(f"graphs       {'not used' if args.no_cuda_graphs else scorer.capture(paths)}")
 
         search(scorer, space, args, record, rows)
@@ -371,8 +372,7 @@ def report(
     folder: Path, supernet: dict, args: Namespace, rows: list[Scored], images: int, tester: Scorer
 ) -> None:
     """Writes the choice, tests the top k, draws the pictures and prints a summary."""
-    rows = [row for row in rows if row.generation <= args.generations]  # the record may hold more
-    rows = [row for row in rows if row.generation or row.index < args.num_paths]
+    rows = asked_for(rows, args.num_paths, args.generations)
     order, singles = best_first(rows, args.rank_by), [r for r in rows if r.generation == BASELINE]
     if not any(row.generation == 0 for row in order):
         raise UserError(f"no random path has a finite loss: {supernet['path']} is broken")
@@ -385,7 +385,7 @@ def report(
     found |= {"dataset": data["name"], "image_size": data["image_size"], "data_dir": args.data_dir}
     found |= {"space": args.space, "space_layout": args.space_layout, "split": args.split}
     found["checkpoint"] = {name: supernet[name] for name in ("path", "sha256")}
-    own = evolution_rows(best_first(rows, "accuracy"), args.population) if args.generations else []
+    own = best_first(evolution_rows(rows, args.population), "accuracy") if args.generations else []
     if own:
         found["evolution"] = {"generations": rows[-1].generation, "evaluations": len(own)}
         found["evolution"]["best"] = own[0].accuracy

@@ -26,6 +26,7 @@ import utils
 from blocks import capture_blocks, release_blocks
 from data import records
 from data.datasets import IMAGE_SIZES, ImageData, load_dataset
+from data.images import RESIDENT_SIDE
 from data.loaders import Batches
 from img.plots import draw, plot_training
 from model import INITS, SPACES, Choice, Classifier, SearchSpace, Supernet, defaults, tracked_norms
@@ -88,7 +89,7 @@ def recipe(given: dict) -> dict:
     if dataset in ("cifar10", "folder"):
         if given.get("init", values["init"]) == "official":
             values["learning_rate"] = 0.025
-        values["cutout"] = size // 2 if stand_alone else 0
+        values["cutout"] = size // 2 if stand_alone and size <= RESIDENT_SIDE else 0
     if dataset == "imagenet" and stand_alone:
         values["epochs"] = 240
     if "init_from" in given:
@@ -138,6 +139,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         parser.error("--init_from and --train_on all need --choice")
     if args.dataset == "cifar10" and args.image_size != 32:
         parser.error("--image_size: the images of cifar10 have 32 pixels")
+    if args.cutout and args.image_size > RESIDENT_SIDE:
+        parser.error(f"--cutout needs images of at most {RESIDENT_SIDE} pixels")
     if args.cutout >= args.image_size:
         parser.error(f"--cutout {args.cutout} would blank images of {args.image_size} pixels")
     return args, checkpoint

@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
         if not of_memory and "can't allocate memory" not in str(error):  # PyTorch's on a CPU
             raise
         reason = str(error).partition("\n")[0]
-        sys.exit(f"error: out of memory; try a smaller --batch_size or --image_size ({reason})")
+        sys.exit(f"error: out of memory; try a smaller --batch_size ({reason})")
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted; what was completed is saved", file=sys.stderr)
@@ -84,7 +84,7 @@ def number(kind: type, low: float = -math.inf, high: float = 1e9) -> Callable[[s
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:  # rejects nan too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:.10g} and {high:.10g}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -109,7 +109,7 @@ def check_unchanged(before: dict, now: dict, names: Iterable[str], what: str, ad
     """Raises UserError if a setting differs from the recorded one, with both values."""
     for name in sorted(names):
         if before.get(name) != now.get(name):
-            values = f"{name} {before.get(name)}, this command {now.get(name)}"
+            values = f"{name} {before.get(name)!s:.200}, this command {now.get(name)!s:.200}"
             raise UserError(f"{what} has {values}; {advice}")
 
 

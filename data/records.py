@@ -117,14 +117,26 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def best_first(rows: Sequence[Scored], by: str) -> list[Scored]:
-    """Finite scores by "accuracy" or "loss", then by the other, then by age; no baselines."""
+    """Finite scores by "accuracy" or "loss", then by the other, then by age; no baselines.
+
+    Each architecture once: a child may repeat a random draw.
+    """
 
     def key(row: Scored) -> tuple:
         scores = -row.accuracy, row.loss
         return scores if by == "accuracy" else scores[::-1], row.generation, row.index
 
     ranked = [row for row in rows if row.generation != BASELINE and math.isfinite(row.loss)]
-    return sorted(ranked, key=key)
+    distinct: dict[tuple[int, ...], Scored] = {}
+    for row in sorted(ranked, key=key):
+        distinct.setdefault(row.choice, row)
+    return list(distinct.values())
+
+
+def asked_for(rows: Sequence[Scored], num_paths: float, generations: float) -> list[Scored]:
+    """The rows of a search of that size; its record may hold more, of an earlier command."""
+    rows = [row for row in rows if row.generation <= generations]
+    return [row for row in rows if row.generation != 0 or row.index < num_paths]
 
 
 def evolution_rows(rows: Sequence[Scored], population: int) -> list[Scored]:

@@ -23,12 +23,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data import records
-from data.records import BASELINE, Scored, best_first, evolution_rows
+from data.records import BASELINE, Scored, asked_for, best_first, evolution_rows
 from model import SPACES
 from utils import UserError, atomic_write, log, open_log, read_json, run_script
 
 # What holds for a table without an args.json beside it, as img/paths.csv.
-SETTINGS = {"choice": None, "split": "search", "rank_by": "loss"}
+SETTINGS = {"choice": None, "split": "search", "rank_by": "loss", "population": 50}
+SETTINGS |= {"num_paths": math.inf, "generations": math.inf}
 SETTINGS["space_layout"] = vars(SPACES["spos_small"])
 MARKERS = "v^sDP*Xph<"  # of the single-block networks; ten candidates at most
 
@@ -165,13 +166,13 @@ def plot_choices(rows: Sequence[Scored], path: Path, split: str, names: Sequence
     save(figure, path)
 
 
-def plot_evolution(rows: Sequence[Scored], path: Path, split: str = "search") -> None:
+def plot_evolution(rows: Sequence[Scored], path: Path, split: str, population: int) -> None:
     """Best accuracy so far of evolution and of random search, and each generation's median.
 
     The first generation of evolution is the first random paths, as many as every later one has.
     """
     drawn = [row for row in rows if row.generation == 0]
-    own = evolution_rows(rows, population=sum(row.generation == 1 for row in rows))
+    own = evolution_rows(rows, population)
     generations = range(max(row.generation for row in rows) + 1)
     parts = [[row for row in own if row.generation == generation] for generation in generations]
     figure, axis = new_figure()
@@ -196,7 +197,7 @@ def plot_search(rows: Sequence[Scored], folder: Path, settings: dict) -> None:
     plot_pareto(rows, folder / "pareto.png", split, settings["rank_by"], names)
     plot_choices(rows, folder / "choices.png", split, names)
     if any(row.generation > 0 for row in rows):
-        plot_evolution(rows, folder / "evolution.png", split)
+        plot_evolution(rows, folder / "evolution.png", split, settings["population"])
 
 
 def plot_standalone(
@@ -279,7 +280,8 @@ def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) 
     for kind, part in parts.items():
         rank = 1 + sum(network["mean_acc"] > top[0] for network in part)
         lines.append(f"choice: {top[0]:.2f}%, rank {rank} of {len(part):,}, {kind}")
-    lines.append(f"ten best: mean {np.mean(top):.2f}%")
+    different = len({str(truth[keys[row.choice]]) for row in order[:10]})
+    lines.append(f"ten best: mean {np.mean(top):.2f}%, {different} different networks")
     figure, axis = new_figure()
     dots = axis.scatter(values(drawn, by), true, 8, skips, cmap="viridis")
     figure.colorbar(dots, label="identities")
@@ -321,7 +323,7 @@ def main() -> None:
     parser.add_argument("--truth", type=Path, help="JSON of the known accuracies of all choices")
     args = parser.parse_args()
     open_log()
-    if not args.files:
+    if not args.files and not args.truth:
         plot_single_path(Path(__file__).with_name("single_path.png"))
     rows, alone, by, lines = [], {}, "loss", []
     for path in args.files:
@@ -338,14 +340,15 @@ def main() -> None:
             kind = "random paths" if settings["choice"] is None else "search split"
             plot_training(records.read_metrics(path), path.with_name("training.png"), kind)
             continue
-        rows, folder, by = records.read_rows(path), path.parent, settings["rank_by"]
+        folder, by = path.parent, settings["rank_by"]
+        rows = asked_for(records.read_rows(path), settings["num_paths"], settings["generations"])
         if not random_draws(rows):
             raise UserError(f"{path} holds no random architecture with a score yet")
         plot_search(rows, folder, settings)
         if args.truth:
             lines += plot_truth(rows, read_json(args.truth), folder / "truth.png", settings)
-    if alone and not rows:
-        raise UserError("result.json files need the paths.csv of their search")
+    if (alone or args.truth) and not rows:
+        raise UserError("result.json files and --truth need the paths.csv of a search")
     if alone:
         lines += plot_standalone(rows, alone, folder / "standalone.png", by)
     for line in lines:

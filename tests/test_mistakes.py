@@ -212,7 +212,7 @@ def test_proposed_commands_can_be_pasted(name, tmp_path, capsys):
 def test_a_wrong_value_is_named_with_its_limits(capsys):
     """Also if it is in another unit (megvii-model/SinglePathOneShot#13)."""
     for script, flags, said in (
-        (supernet, "--learning_rate nan", "nan is not between 0 and 1e+09"),
+        (supernet, "--learning_rate nan", "nan is not between 0 and 1000000000"),
         (supernet, "--epochs many", "invalid int value"),
         (random_search, "--max_flops 170000000", "not between 0 and 100000"),
     ):

@@ -57,8 +57,10 @@ def test_a_file_without_a_picture_is_refused(tmp_path, monkeypatch):
     write_json(tmp_path / "search.json", {})
     write_json(tmp_path / "result.json", RESULT)
     messages = {"paths.csv": "no random architect", "search.json": "no result.json"}
-    for name, message in (messages | {"result.json": "need the paths.csv"}).items():
-        monkeypatch.setattr("sys.argv", ["plots.py", str(tmp_path / name)])
+    messages |= dict.fromkeys(["result.json", "--truth=truth.json"], "need the paths.csv")
+    for name, message in messages.items():
+        given = name if name.startswith("--") else str(tmp_path / name)
+        monkeypatch.setattr("sys.argv", ["plots.py", given])
         with pytest.raises(UserError, match=message):
             plots.main()
 

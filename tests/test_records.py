@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,11 +69,18 @@ def test_a_damaged_or_another_table_is_refused_with_its_line(tmp_path, content, 
     ("by", "order"), [("accuracy", [4, 2, 0, 1, 3]), ("loss", [4, 0, 1, 3, 2])]
 )
 def test_the_best_come_first_then_by_the_other_score_then_by_age(by, order):
-    """Baselines and scores that are not finite are left out."""
+    """Baselines, scores that are not finite and a child that was also drawn are left out."""
     scores = [(60.0, 1.0, 0), (60.0, 1.0, 1), (60.5, 2.0, 0), (50.0, 1.0, 0), (60.5, 0.5, 2)]
     scores += [(90.0, 0.1, BASELINE), (90.0, math.nan, 0), (90.0, math.inf, 0)]
     rows = [Scored(i, (i,), a, loss=loss, generation=g) for i, (a, loss, g) in enumerate(scores)]
-    assert [row.index for row in records.best_first(rows, by)] == order
+    again = [replace(row, generation=3) for row in rows[:3]]
+    assert [row.index for row in records.best_first(again + rows, by)] == order
+
+
+def test_a_smaller_search_leaves_out_the_rest_of_its_record():
+    rows = [*made(2, BASELINE), *made(4), *made(2, 1), *made(2, 2)]
+    kept = [*made(2, BASELINE), *made(3), *made(2, 1)]
+    assert records.asked_for(rows, num_paths=3, generations=1) == kept
 
 
 @pytest.mark.parametrize("by", ["accuracy", "loss"])

@@ -311,7 +311,10 @@ PRESETS = [
     ("--init official", "learning_rate=0.025"),
     ("--dataset folder --image_size 64", "learning_rate=0.1 init=identity"),
     ("--dataset folder --image_size 72", "learning_rate=0.025 init=official cutout=0"),
-    ("--dataset folder --image_size 72 --init identity", "learning_rate=0.1"),
+    (
+        "--dataset folder --image_size 72 --init identity --choice ZEROS",
+        "learning_rate=0.1 cutout=0",
+    ),
     ("--dataset imagenet", "epochs=120 batch_size=1024 learning_rate=0.5 label_smoothing=0.1"),
     ("--dataset imagenet --choice ZEROS", "epochs=240 weight_decay=4e-05 image_size=224 cutout=0"),
     ("--dataset digits --choice ZEROS", "epochs=10 momentum=0.8 image_size=16 cutout=0"),
@@ -353,7 +356,8 @@ def test_a_wrong_choice_is_refused(run, tmp_path, monkeypatch, choice, message):
 WRONG = """--epochs 99999999999; --weight_decay -0.1; --epo 3; --cutout 32; --seed 4294967296;
 --workers -1; --resume False; --resume --overwrite; --train_on all; --init_from last.pth;
 --image_size 64; --init_from last.pth --init official --choice ZEROS; --local-rank=0; --choice=;
---data_dir=; --init_from= --choice ZEROS; --exp_name=; --batch_size 0; --seed -1"""
+--data_dir=; --init_from= --choice ZEROS; --exp_name=; --batch_size 0; --seed -1;
+--dataset folder --image_size 72 --cutout 8"""
 
 
 @pytest.mark.parametrize("flags", WRONG.split(";"))
