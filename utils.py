@@ -173,7 +173,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device for the log, with the GPU's name or the number of threads, and of ranks."""
+    """The device for the log, with the GPU's name or the number of threads, and the ranks."""
     name = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1,1 +1,1 @@
-"""Data sets and batches; downloads land beside these files and are ignored by git."""
+"""Data sets, batches and tables; downloads land here by default, and git ignores them."""
