@@ -253,7 +253,8 @@ def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) 
     keys = {row.choice: "".join(map(str, row.choice)) for row in order}
     if lacking := [key for key in keys.values() if key not in truth]:
         raise UserError(f"the truth lacks the choice {lacking[0]}")
-    true = np.array([truth[keys[row.choice]]["mean_acc"] for row in drawn])
+    known = {choice: truth[key] for choice, key in keys.items()}
+    true = np.array([known[row.choice]["mean_acc"] for row in drawn])
     skips = np.array([row.choice.count(skip) for row in drawn])
     scores = {"loss": -values(drawn, "loss"), "accuracy": values(drawn, "accuracy")}
     scores |= {"multiply-adds": values(drawn, "flops_m"), "fewest identities": -skips}
@@ -266,7 +267,7 @@ def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) 
         lines.append(line)
     same: dict[str, list[float]] = {}  # the scores of paths that are the same network
     for row in drawn:
-        same.setdefault(str(truth[keys[row.choice]]), []).append(getattr(row, by))
+        same.setdefault(str(known[row.choice]), []).append(getattr(row, by))
     if repeated := [np.array(group) for group in same.values() if len(group) > 1]:
         errors = np.concatenate([group - group.mean() for group in repeated])
         noise = math.sqrt((errors**2).sum() / (len(errors) - len(repeated)))
@@ -275,17 +276,17 @@ def plot_truth(rows: Sequence[Scored], truth: dict, path: Path, settings: dict) 
     low, high = (settings.get(name) for name in ("min_flops", "max_flops"))
     networks = list({str(entry): entry for entry in truth.values()}.values())
     within = [n for n in networks if (low or 0) <= n["flops"] / 1e6 <= (high or math.inf)]
-    top = [truth[keys[row.choice]]["mean_acc"] for row in order[:10]]
+    top = [known[row.choice] for row in order[:10]]
+    best, mean = top[0]["mean_acc"], np.mean([network["mean_acc"] for network in top])
     parts = {"all": networks} | ({"those within the limits": within} if low or high else {})
     for kind, part in parts.items():
-        rank = 1 + sum(network["mean_acc"] > top[0] for network in part)
-        lines.append(f"choice: {top[0]:.2f}%, rank {rank} of {len(part):,}, {kind}")
-    different = len({str(truth[keys[row.choice]]) for row in order[:10]})
-    lines.append(f"ten best: mean {np.mean(top):.2f}%, {different} different networks")
+        rank = 1 + sum(network["mean_acc"] > best for network in part)
+        lines.append(f"choice: {best:.2f}%, rank {rank} of {len(part):,}, {kind}")
+    lines.append(f"ten best: mean {mean:.2f}%, {len(set(map(str, top)))} different networks")
     figure, axis = new_figure()
     dots = axis.scatter(values(drawn, by), true, 8, skips, cmap="viridis")
     figure.colorbar(dots, label="identities")
-    axis.plot(getattr(order[0], by), top[0], "*", color=ORANGE, markersize=14, label="choice")
+    axis.plot(getattr(order[0], by), best, "*", color=ORANGE, markersize=14, label="choice")
     axis.set(xlabel=f"{by} with the supernet's weights", ylabel="accuracy trained alone (%)")
     axis.legend(frameon=False)
     save(figure, path)
