@@ -66,7 +66,9 @@ def build_parser() -> ArgumentParser:
     add("--learning_rate", type=number(float, 0), help="initial learning rate")
     add("--lr_schedule", choices=("linear", "cosine"), default="linear", help="decay to 0, by step")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight_decay", "--weight-decay", type=number(float, 0), help="BatchNorm is excluded")
+    add("--weight_decay", "--weight-decay", type=number(float, 0), help="decay of the weights")
+    norms = "decay of BatchNorm's scales and shifts, of a single architecture"
+    add("--norm_weight_decay", type=number(float, 0), default=0.0, help=norms)
     add("--label_smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing")
     add("--cutout", type=number(int, 0), default=0, help="Cutout size in pixels; 0: none")
     add("--choice", type=user_path, help="train one architecture: 1-0-3-..., or a search.json")
@@ -363,10 +365,10 @@ def build_model(dataset: ImageData, args: Namespace, checkpoint: dict | None) ->
 
 
 def build_optimizer(model: Supernet, args: Namespace, checkpoint: dict | None) -> SGD:
-    """SGD, with the momentum of a checkpoint; BatchNorm's scales and shifts do not decay."""
+    """SGD, with the momentum of a checkpoint; scales and shifts have their own decay."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights}, {"params": scales, "weight_decay": 0.0}]
+    groups = [{"params": weights}, {"params": scales, "weight_decay": args.norm_weight_decay}]
     settings = {"lr": args.learning_rate, "momentum": args.momentum}
     optimizer = SGD(groups, **settings, weight_decay=args.weight_decay, fused=True)
     # Fused SGD needs all momentum buffers or none; zeros are equivalent to none.

@@ -29,7 +29,7 @@ NAMES = ["shuffle3", "shuffle5", "shuffle7", "xception"]
 SKIPPING = (0, 4, 1, 4, 2, 4, 4, 4, 3, 0, 4, 1, 4, 2, 4, 3, 1, 4, 4, 0)  # 4 is `unchanged`
 SIDES = {"small": 8, "large": 7, "mixed": 8, "alone 64": 16, "alone 65": 3}  # of the last map
 INITIAL = [(64, None, True), (65, None, False), (65, "identity", True), (32, "official", False)]
-SGD = Namespace(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+SGD = Namespace(learning_rate=0.1, momentum=0.9, weight_decay=0.01, norm_weight_decay=0.002)
 
 
 def images(count: int, side: int) -> Tensor:
@@ -162,7 +162,7 @@ def test_a_step_moves_all_weights_of_its_path_and_nothing_else(small):
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["supernet", "alone"])
-def test_scales_and_shifts_are_in_networks_alone_and_do_not_decay(affine):
+def test_scales_and_shifts_are_in_networks_alone_with_their_own_decay(affine):
     """No layer has a bias, and everything else decays, without dampening (microsoft/nni#2883)."""
     model = alone(SINGLE[0]) if affine else Supernet(10, 32)
     scales = [parameter for norm in norms(model) for parameter in norm.parameters()]
@@ -170,7 +170,7 @@ def test_scales_and_shifts_are_in_networks_alone_and_do_not_decay(affine):
     expected = dict.fromkeys([layer.weight for layer in layers(model)], 0.01)
     groups = supernet.build_optimizer(model, SGD, None).param_groups
     found = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    assert found == expected | dict.fromkeys(scales, 0)
+    assert found == expected | dict.fromkeys(scales, 0.002)
     assert found.keys() == set(model.parameters())
     for group in groups:
         assert (group["lr"], group["momentum"], group["dampening"]) == (0.1, 0.9, 0)

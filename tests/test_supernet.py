@@ -304,7 +304,7 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path, r
 
 PRESETS = [
     ("", "epochs=600 batch_size=96 learning_rate=0.1 weight_decay=0.0003 cutout=0"),
-    ("", "image_size=32 init=identity momentum=0.9 lr_schedule=linear"),
+    ("", "image_size=32 init=identity momentum=0.9 lr_schedule=linear norm_weight_decay=0.0"),
     ("--choice ZEROS", "epochs=600 cutout=16"),
     ("--choice ZEROS --init_from last.pth", "init=None learning_rate=0.1"),
     ("--choice ZEROS --cutout 0 --weight-decay 0.5", "cutout=0 weight_decay=0.5"),
