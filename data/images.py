@@ -1,5 +1,7 @@
 """Image files: read as RGB, and prepared as in the training or the evaluation."""
 
+import sys
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -52,11 +54,27 @@ def evaluation_transform(image_size: int) -> v2.Transform:
 def decode(files: list[str], image_size: int, workers: int) -> Tensor:
     """The images in many files, as in the evaluation: uint8 (N, 3, S, S)."""
     dataset = ImageFiles(files, evaluation_transform(image_size))
-    loader = DataLoader(dataset, batch_size=64, num_workers=workers if len(files) > 64 else 0)
+    workers = workers if len(files) > 64 else 0
+    loader = DataLoader(dataset, 64, num_workers=workers, worker_init_fn=quiet_worker)
     images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
     for batch, indices in progress(loader, "reading images", len(loader)):
         images[indices] = batch
     return images
+
+
+def quiet_worker(_: int) -> None:
+    """For `worker_init_fn`: a batch that an interrupt cuts off prints no traceback.
+
+    In a worker only multiprocessing.resource_sharer, which hands the batches over, calls the hook;
+    errors in reading the images reach the main process.
+    """
+    default = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: object) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            default(kind, *rest)
+
+    sys.excepthook = hook
 
 
 def training_transform(image_size: int) -> v2.Transform:

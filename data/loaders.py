@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from data.augment import crop_and_flip, cutout, normalise
 from data.datasets import ImageData, Split
-from data.images import ImageFiles, evaluation_transform, training_transform
+from data.images import ImageFiles, evaluation_transform, quiet_worker, training_transform
 from utils import generator, rank, world_size
 
 Batch = tuple[Tensor, Tensor]
@@ -144,6 +144,7 @@ class Batches:
             batch_sampler=[indices.tolist() for indices in batches],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=quiet_worker,
         )
         for batch in loader:
             images, indices = (tensor.to(self.device, non_blocking=True) for tensor in batch)

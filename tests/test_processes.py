@@ -5,15 +5,19 @@ import ctypes
 import os
 import random
 import signal
+import socket
 import time
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import random_search
 from conftest import TIMEOUT, assert_same_record, noise, start
+from data.images import quiet_worker
 from data.records import load_checkpoint
 from utils import keep_freed_memory, read_json
 
@@ -69,6 +73,27 @@ def test_an_interrupt_leaves_no_process_and_a_whole_checkpoint(streamed, tmp_pat
     assert (process.returncode, err, len(workers)) == (130, said, 2)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert load_checkpoint(tmp_path / "net/last.pth")["epoch"] >= 1
+
+
+def test_a_batch_that_an_interrupt_cuts_off_prints_nothing(capfd):
+    """As when it meets the handover of a batch: the reader connects to the worker and is gone."""
+    loader = DataLoader(Addresses(), None, num_workers=1, worker_init_fn=quiet_worker)
+    for address in loader:
+        for _ in range(2):  # the worker greets the second one when it has done with the first
+            with socket.socket(socket.AF_UNIX) as reader:
+                reader.connect(address)
+                assert reader.recv(4)
+    assert capfd.readouterr().err == ""
+
+
+class Addresses(Dataset):
+    """The address at which a worker hands over its batches."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> str:
+        return DupFd(1)._id[0]
 
 
 @pytest.mark.slow
