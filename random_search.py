@@ -179,7 +179,7 @@ def calibration_batches(
     """Training images for BatchNorm's statistics, the same for any --seed; None for 0 images.
 
     Augmented, since the weights were trained with the statistics of augmented images: those of
-    plain images cost 8.5 points of top-1 (img/README.md).
+    plain images cost 8.6 points of top-1 (img/README.md).
     """
     count = min(count, len(dataset.train))
     count -= count % CALIBRATION_BATCH if count > CALIBRATION_BATCH else 0  # whole batches

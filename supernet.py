@@ -324,7 +324,7 @@ def load_batches(dataset: ImageData, args: Namespace, device: torch.device) -> d
     batches = {name: Batches(dataset, splits[name], sizes[name], *how) for name in splits}
     if args.choice is None:
         # BatchNorm statistics of plain images, without the dark borders of shifted ones, do not fit
-        # a supernet's weights: they cost 8.5 points of top-1 (img/README.md).
+        # a supernet's weights: they cost 8.6 points of top-1 (img/README.md).
         batches["search"] = batches["search"].augmented(args.cutout)
     return batches
 
