@@ -59,7 +59,7 @@ def test_the_results_agree_with_the_table_behind_the_pictures():
     drawn = [row for row in rows if row.generation == 0]
     children = [row for row in rows if row.generation > 0]
     results = []
-    for part in filter(None, (drawn, children)):
+    for part in (drawn, children):
         best = max(part, key=lambda row: (row.accuracy, -row.loss))
         error = (best.accuracy * (100 - best.accuracy) / 5000) ** 0.5
         results.append(f"{best.accuracy:.2f}% ±{error:.2f}")
