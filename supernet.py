@@ -40,6 +40,8 @@ RECIPES = {
     "digits": {"epochs": 10, "batch_size": 32, "learning_rate": 0.1, "weight_decay": 3e-4},
 }
 RECIPES["folder"] = RECIPES["cifar10"]
+# Of a single architecture; compared with the supernet's in img/README.md, "The choice alone".
+ALONE = {"lr_schedule": "cosine", "weight_decay": 5e-4, "norm_weight_decay": 5e-4}
 RECIPES["imagenet"]["label_smoothing"], RECIPES["digits"]["momentum"] = 0.1, 0.8
 RUN_FILES = ("args.json", "log.txt", "metrics.csv", "last.pth", "training.png", "result.json")
 RUN_FILES += ("model.pt2",)
@@ -92,6 +94,7 @@ def recipe(given: dict) -> dict:
         if given.get("init", values["init"]) == "official":
             values["learning_rate"] = 0.025
         values["cutout"] = size // 2 if stand_alone and size <= RESIDENT_SIDE else 0
+        values |= ALONE if stand_alone else {}
     if dataset == "imagenet" and stand_alone:
         values["epochs"] = 240
     if "init_from" in given:

@@ -305,7 +305,8 @@ def test_training_on_all_adds_the_search_split_and_validates_nothing(tmp_path, r
 PRESETS = [
     ("", "epochs=600 batch_size=96 learning_rate=0.1 weight_decay=0.0003 cutout=0"),
     ("", "image_size=32 init=identity momentum=0.9 lr_schedule=linear norm_weight_decay=0.0"),
-    ("--choice ZEROS", "epochs=600 cutout=16"),
+    ("--choice ZEROS", "epochs=600 batch_size=96 learning_rate=0.1 cutout=16"),
+    ("--choice ZEROS", "lr_schedule=cosine weight_decay=0.0005 norm_weight_decay=0.0005"),
     ("--choice ZEROS --init_from last.pth", "init=None learning_rate=0.1"),
     ("--choice ZEROS --cutout 0 --weight-decay 0.5", "cutout=0 weight_decay=0.5"),
     ("--init official", "learning_rate=0.025"),
@@ -318,6 +319,7 @@ PRESETS = [
     ("--dataset imagenet", "epochs=120 batch_size=1024 learning_rate=0.5 label_smoothing=0.1"),
     ("--dataset imagenet --choice ZEROS", "epochs=240 weight_decay=4e-05 image_size=224 cutout=0"),
     ("--dataset digits --choice ZEROS", "epochs=10 momentum=0.8 image_size=16 cutout=0"),
+    ("--dataset digits --choice ZEROS", "lr_schedule=linear weight_decay=0.0003"),
     ("--dataset digits --init official", "learning_rate=0.1"),
     ("--choice FOUND", "dataset=folder image_size=48 data_dir=/pictures cutout=24"),
     ("--choice FOUND --image_size 64 --data_dir /there", "image_size=64 data_dir=/there cutout=32"),
